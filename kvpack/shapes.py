@@ -1,0 +1,299 @@
+"""Named shapes: what models cache, how engines lay it out, how ranks share it.
+
+The demo, the benchmarks and ``kvpack explain`` all take their numbers from here. Those of a model
+are in the public ``config.json`` of its Hugging Face repository (``num_hidden_layers``,
+``num_key_value_heads``, ``head_dim``; for latent rows ``kv_lora_rank + qk_rope_head_dim``):
+
+=============  ================================================================
+name           source
+=============  ================================================================
+llama-3.1-8b   meta-llama/Llama-3.1-8B
+llama-3.3-70b  meta-llama/Llama-3.3-70B-Instruct
+qwen3-32b      Qwen/Qwen3-32B
+qwen3-235b     Qwen/Qwen3-235B-A22B
+gpt-oss-120b   openai/gpt-oss-120b; its even layers slide over 128 tokens
+minimax-m2     MiniMaxAI/MiniMax-M2
+deepseek-r1    deepseek-ai/DeepSeek-R1; DeepSeek-V3 is alike
+deepseek-v3.2  deepseek-ai/DeepSeek-V3.2-Exp; rows as vLLM's ``fp8_ds_mla`` packs them
+kimi-k2        moonshotai/Kimi-K2-Instruct
+=============  ================================================================
+
+Engine layouts are those of vLLM 0.33 (``LBHNC``: K and V side by side in a token's row), SGLang
+0.5 (a pool of tokens, K and V apart) and TensorRT-LLM's KV cache manager V2 (a block holds every
+layer). ``nhd`` and ``hnd`` are FlashInfer's names for the two row orders of a stacked cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpack.layout import Shard
+
+__all__ = [
+    "ENGINE_LAYOUTS",
+    "MODELS",
+    "SINGLE_RANK",
+    "EngineLayout",
+    "ModelShape",
+    "Parallelism",
+    "Pieces",
+    "TensorKind",
+]
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How the ranks of one side share a model.
+
+    Parameters
+    ----------
+    tp : int
+        Tensor parallel ranks; they share the KV heads.
+    pp : int
+        Pipeline parallel ranks; they share the layers.
+    cp : int
+        Context parallel ranks; they share the positions.
+    attention_dp : bool
+        Attention is data parallel over the `tp` ranks: each holds every head, but only of its own
+        requests.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    attention_dp: bool = False
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "pp", "cp"):
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis}={getattr(self, axis)} must be at least 1")
+
+    @property
+    def attention_tp(self) -> int:
+        """Ranks among which the heads of one request are shared."""
+        return 1 if self.attention_dp else self.tp
+
+    def heads(self, total: int, tp_rank: int) -> Shard:
+        """Shard `total` KV heads: what tensor parallel rank `tp_rank` holds of a request."""
+        return Shard.balanced(total, self.attention_tp, 0 if self.attention_dp else tp_rank)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of this side."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def ranks_per_request(self) -> int:
+        """Ranks that hold a part of one request's cache."""
+        return self.attention_tp * self.pp * self.cp
+
+
+SINGLE_RANK = Parallelism()
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """One kind of cache tensor, the same in each of its layers.
+
+    Parameters
+    ----------
+    names : tuple of str
+        The tensors a layer stores, ``("k", "v")`` or ``("kv",)`` for one.
+    layers : range
+        Global ids of the layers that store them.
+    heads : int or None
+        KV heads that tensor parallel ranks share; None if there is no head axis and every rank holds all of it.
+    row_elements : int
+        Elements of one token in one head.
+    dtype_bytes : int or None
+        Bytes of an element where the kind fixes it (opaque rows: 1); None: the cache's dtype.
+    window : int or None
+        Tokens kept by a sliding window; None: all of them.
+    """
+
+    names: tuple[str, ...]
+    layers: range
+    heads: int | None
+    row_elements: int
+    dtype_bytes: int | None = None
+    window: int | None = None
+
+    def row_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of one token in one head of one tensor, for a cache of `dtype_bytes` an element."""
+        return self.row_elements * (self.dtype_bytes or dtype_bytes)
+
+    def tokens_kept(self, tokens: int) -> int:
+        """Tokens of a sequence of `tokens` that these layers still hold."""
+        return tokens if self.window is None else min(tokens, self.window)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What an unpacked transfer would move: so many contiguous pieces of so many bytes each."""
+
+    count: int
+    piece_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all pieces together."""
+        return self.count * self.piece_bytes
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What one model caches.
+
+    Parameters
+    ----------
+    name : str
+        The name that the command line takes.
+    kinds : tuple of TensorKind
+        Everything that is cached a token.
+    """
+
+    name: str
+    kinds: tuple[TensorKind, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that cache anything."""
+        return len({layer for kind in self.kinds for layer in kind.layers})
+
+    def token_bytes(self, dtype_bytes: int) -> int:
+        """Bytes that one token takes in all layers and heads while no window has closed."""
+        return sum(
+            len(kind.layers) * len(kind.names) * (kind.heads or 1) * kind.row_bytes(dtype_bytes)
+            for kind in self.kinds
+        )
+
+    def request_bytes(self, tokens: int, dtype_bytes: int) -> int:
+        """Bytes that a request of `tokens` holds in all layers and heads, each replica but once."""
+        return sum(
+            len(kind.layers)
+            * len(kind.names)
+            * (kind.heads or 1)
+            * kind.row_bytes(dtype_bytes)
+            * kind.tokens_kept(tokens)
+            for kind in self.kinds
+        )
+
+    def block_pieces(
+        self,
+        *,
+        tokens: int,
+        block_tokens: int,
+        dtype_bytes: int,
+        parallelism: Parallelism = SINGLE_RANK,
+        tp_rank: int = 0,
+    ) -> tuple[Pieces, ...]:
+        """Count the pieces that one rank holds where each tensor's blocks are contiguous (HND).
+
+        Parameters
+        ----------
+        tokens : int
+            Tokens of the request; the last block counts whole.
+        block_tokens : int
+            Tokens of a block.
+        dtype_bytes : int
+            Bytes of an element of the cache.
+        parallelism : Parallelism
+            How heads are shared. Layers and positions are not divided here.
+        tp_rank : int
+            Whose heads to count.
+
+        Returns
+        -------
+        tuple of Pieces
+            One entry a kind, in the order of `kinds`.
+        """
+        pieces = []
+        for kind in self.kinds:
+            blocks = -(-kind.tokens_kept(tokens) // block_tokens)
+            heads = 1 if kind.heads is None else parallelism.heads(kind.heads, tp_rank).count
+            pieces.append(
+                Pieces(
+                    count=len(kind.layers) * len(kind.names) * blocks,
+                    piece_bytes=heads * block_tokens * kind.row_bytes(dtype_bytes),
+                )
+            )
+        return tuple(pieces)
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """How an engine lays out its cache, as dims strings.
+
+    Parameters
+    ----------
+    name : str
+        The name that the command line takes.
+    dims : str
+        Axes of the tensor that holds K and V, outermost first; parentheses merge axes into one.
+        Without ``kv``, K and V are tensors of their own; without ``layer``, so is each layer.
+    latent_dims : str
+        Axes of the tensor that holds rows without heads.
+    block_tokens : int
+        Tokens of a block unless said otherwise.
+    """
+
+    name: str
+    dims: str
+    latent_dims: str
+    block_tokens: int
+
+
+def _grouped_query(
+    name: str, layers: int, heads: int, head_elements: int, window: tuple[range, int] | None = None
+) -> ModelShape:
+    """K and V in every layer; `window` names the layers that slide and how far they see."""
+    sliding, window_tokens = window or (range(0), 0)
+    full = range(layers) if window is None else range(1, layers, 2)
+    kinds = [TensorKind(("k", "v"), full, heads, head_elements)]
+    if sliding:
+        kinds.append(TensorKind(("k", "v"), sliding, heads, head_elements, window=window_tokens))
+    return ModelShape(name, tuple(kinds))
+
+
+def _latent(name: str, layers: int) -> ModelShape:
+    """One latent row of 512 + 64 elements a token in every layer."""
+    return ModelShape(name, (TensorKind(("kv",), range(layers), None, 576),))
+
+
+MODELS: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        _grouped_query("llama-3.1-8b", layers=32, heads=8, head_elements=128),
+        _grouped_query("llama-3.3-70b", layers=80, heads=8, head_elements=128),
+        _grouped_query("qwen3-32b", layers=64, heads=8, head_elements=128),
+        _grouped_query("qwen3-235b", layers=94, heads=4, head_elements=128),
+        _grouped_query(
+            "gpt-oss-120b", layers=36, heads=8, head_elements=64, window=(range(0, 36, 2), 128)
+        ),
+        _grouped_query("minimax-m2", layers=62, heads=8, head_elements=128),
+        _latent("deepseek-r1", layers=61),
+        _latent("kimi-k2", layers=61),
+        ModelShape(
+            "deepseek-v3.2",
+            (
+                # 512 fp8 values, four fp32 scales, 64 rotary values of 2 bytes; no one may look inside.
+                TensorKind(("kv",), range(61), None, 656, dtype_bytes=1),
+                # 128 fp8 values and one fp32 scale.
+                TensorKind(("index_k",), range(61), None, 132, dtype_bytes=1),
+            ),
+        ),
+    )
+}
+
+ENGINE_LAYOUTS: dict[str, EngineLayout] = {
+    layout.name: layout
+    for layout in (
+        EngineLayout("nhd", "kv block token head dim", "block token dim", block_tokens=16),
+        EngineLayout("hnd", "block kv head token dim", "block token dim", block_tokens=16),
+        EngineLayout("vllm", "block head token (kv dim)", "block token dim", block_tokens=16),
+        EngineLayout("sglang", "(block token) head dim", "(block token) dim", block_tokens=1),
+        EngineLayout(
+            "trtllm", "block layer kv head token dim", "block layer token dim", block_tokens=32
+        ),
+    )
+}
