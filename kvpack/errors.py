@@ -23,6 +23,10 @@ class CoverageError(KvpackError):
     """Wanted layers, heads or positions that no sender has."""
 
 
+class VerificationError(KvpackError):
+    """A plan would write a byte twice, not at all, from the wrong place, or where none belongs."""
+
+
 class StagingError(KvpackError):
     """Staging memory is too small, misplaced or exhausted."""
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, lcm, prod
+from typing import Literal
 
 from kvpack.errors import IncompatibleLayoutsError
 from kvpack.layout import CacheTensor, ContextShard
+
+Side = Literal["source", "destination"]
 
 MAX_LEVELS = 3
 MAX_WIDTH = 16
@@ -26,6 +29,10 @@ class PairAxis:
     count: int
     source: int
     destination: int
+
+    def on(self, side: Side) -> int:
+        """Stride on one side."""
+        return self.source if side == "source" else self.destination
 
 
 @dataclass(frozen=True)
@@ -107,23 +114,14 @@ class Lane:
         """One position of a clipped unit; tokens stay outside."""
         return coalesce(self.axes)
 
-    def width(self, side: LaneSide, form: Form, is_source: bool) -> int:
+    def width(self, side: Side, form: Form) -> int:
         """Widest access in bytes that every address of the form on a side allows, at most 16."""
-        terms = [side.base, side.block_stride, form.run_bytes]
-        if side.block_tokens > 1:
-            terms.append(side.token_stride)
-        terms += [axis.source if is_source else axis.destination for axis in form.levels]
+        here = self.source if side == "source" else self.destination
+        terms = [here.base, here.block_stride, form.run_bytes]
+        if here.block_tokens > 1:
+            terms.append(here.token_stride)
+        terms += [axis.on(side) for axis in form.levels]
         return gcd(MAX_WIDTH, *terms)
-
-    @property
-    def widths(self) -> tuple[int, int, int, int]:
-        """Access widths: source full, source clipped, destination full, destination clipped."""
-        return (
-            self.width(self.source, self.full, True),
-            self.width(self.source, self.clipped, True),
-            self.width(self.destination, self.full, False),
-            self.width(self.destination, self.clipped, False),
-        )
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,42 @@ class Residue:
             return 0
         periods, rest = divmod(position - self.p0, self.period)
         return periods * self.unit_tokens + min(rest, self.unit_tokens)
+
+
+@dataclass(frozen=True)
+class LaneClass:
+    """Lanes that are addressed alike and lie next to each other in the wire order.
+
+    Attributes
+    ----------
+    residue : Residue
+        Positions that the lanes carry.
+    source_group, destination_group : int
+        Layer groups whose block lists address them.
+    token_bytes : int
+        Bytes of one position of one lane.
+    first_lane, lanes : int
+        They are lanes ``[first_lane, first_lane + lanes)`` of the plan.
+    source_widths, destination_widths : tuple of int
+        Widest access in bytes for whole and for clipped units.
+    full_counts, clipped_counts : tuple of int
+        Counts of the levels and, last, the bytes of the run, of the two forms.
+    """
+
+    residue: Residue
+    source_group: int
+    destination_group: int
+    token_bytes: int
+    first_lane: int
+    lanes: int
+    source_widths: tuple[int, int]
+    destination_widths: tuple[int, int]
+    full_counts: tuple[int, ...]
+    clipped_counts: tuple[int, ...]
+
+    def widths_of(self, side: Side) -> tuple[int, int]:
+        """Access widths of whole and of clipped units on one side."""
+        return self.source_widths if side == "source" else self.destination_widths
 
 
 def residues(

@@ -1,0 +1,172 @@
+"""Election: which sender sends what, where several hold a copy, and whether anything is missing.
+
+The receiver elects over all the senders that it names, never pair by pair. Heads are cut where any
+sender's interval begins or ends; of the senders that hold such a piece one is chosen by a hash of
+request and receiver, so that copies share the work and every retry of the hash agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from kvpack.errors import CoverageError, IncompatibleLayoutsError
+from kvpack.lanes import residues
+from kvpack.layout import CacheLayout, CacheTensor, ContextShard
+from kvpack.plan import Selection, Slice
+
+Candidates = tuple[str, ...]
+Holding = tuple[int, str, int, int]
+"""(layer, name, first head, last head)"""
+
+
+@dataclass
+class Election:
+    """What a receiver can elect among the senders it names. Made once for each set of senders.
+
+    Parameters
+    ----------
+    sources : mapping of str to CacheLayout
+        Every sender of the request, by name.
+    destination : CacheLayout
+        Of the receiver.
+
+    Raises
+    ------
+    CoverageError
+        If no sender has a wanted layer, head or position.
+    IncompatibleLayoutsError
+        If the senders deal out positions in ways that cannot be combined.
+    """
+
+    sources: Mapping[str, CacheLayout]
+    destination: CacheLayout
+    _contested: dict[Candidates, list[Holding]] = field(init=False, default_factory=dict)
+    _memo: dict[tuple[str, ...], dict[str, Selection | None]] = field(
+        init=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise CoverageError("a request needs at least one sender; from_ is empty")
+        for names in self._by_context():
+            for tensor in self.destination.tensors:
+                for start, stop, candidates in self._cut(tensor, names):
+                    holding = (tensor.layer, tensor.name, start, stop)
+                    self._contested.setdefault(candidates, []).append(holding)
+
+    def elect(self, salt: str) -> dict[str, Selection | None]:
+        """Choose one sender for every piece.
+
+        Parameters
+        ----------
+        salt : str
+            Request and receiver; equal salts elect alike.
+
+        Returns
+        -------
+        dict of str to (tuple of Slice or None)
+            Per sender what it is to send: None for everything in common with the receiver, ``()``
+            for nothing.
+        """
+        chosen = tuple(_pick(candidates, salt) for candidates in self._contested)
+        if chosen not in self._memo:
+            self._memo[chosen] = self._selections(chosen)
+        return self._memo[chosen]
+
+    def _selections(self, chosen: tuple[str, ...]) -> dict[str, Selection | None]:
+        mine: dict[str, list[Holding]] = {name: [] for name in self.sources}
+        possible: dict[str, int] = dict.fromkeys(self.sources, 0)
+        for candidates, winner in zip(self._contested, chosen, strict=True):
+            mine[winner].extend(self._contested[candidates])
+            for name in candidates:
+                possible[name] += len(self._contested[candidates])
+        return {
+            name: None if held and len(held) == possible[name] else _slices(held)
+            for name, held in mine.items()
+        }
+
+    def _by_context(self) -> Iterator[list[str]]:
+        """Names of the senders of each context rank whose positions the receiver wants."""
+        contexts = {layout.context for layout in self.sources.values()}
+        ways = {(c.ranks, c.interleave if c.ranks > 1 else 1) for c in contexts}
+        if len(ways) > 1:
+            raise IncompatibleLayoutsError(
+                f"senders deal out positions over {sorted(ways)} (ranks, interleave); all senders "
+                "of one request must share one context parallelism"
+            )
+        (ranks, _), context = ways.pop(), next(iter(contexts))
+        tokens = {group.block_tokens for group in self.destination.groups}
+        for rank in range(ranks):
+            shard = ContextShard(rank, ranks, context.interleave)
+            if not any(residues(shard, t, self.destination.context, t) for t in tokens):
+                continue
+            names = [n for n in sorted(self.sources) if self.sources[n].context.rank == rank]
+            if not names:
+                raise CoverageError(
+                    f"no sender has the positions of context rank {rank} of {ranks}; name the "
+                    f"sender that holds them in from_ (named: {', '.join(sorted(self.sources))})"
+                )
+            yield names
+
+    def _cut(self, wanted: CacheTensor, names: list[str]) -> Iterator[tuple[int, int, Candidates]]:
+        """Pieces of a wanted tensor's heads, with the senders that hold each."""
+        held = {
+            name: tensor.heads
+            for name in names
+            for tensor in self.sources[name].tensors
+            if (tensor.layer, tensor.name) == (wanted.layer, wanted.name)
+        }
+        if not held:
+            raise CoverageError(
+                f"{wanted.title} is wanted, but none of {', '.join(names)} has it; name the "
+                "sender that holds this layer in from_"
+            )
+        inside = range(wanted.heads.start, wanted.heads.stop)
+        cuts = {wanted.heads.start, wanted.heads.stop}
+        cuts |= {c for h in held.values() for c in (h.start, h.stop) if c in inside}
+        for start, stop in pairwise(sorted(cuts)):
+            having = tuple(n for n, h in held.items() if h.start <= start and stop <= h.stop)
+            if not having:
+                raise CoverageError(
+                    f"heads [{start}, {stop}) of {wanted.title} are wanted, but none of "
+                    f"{', '.join(names)} holds them; name the sender that does in from_"
+                )
+            yield start, stop, having
+
+
+def _pick(candidates: Candidates, salt: str) -> str:
+    if len(candidates) == 1:
+        return candidates[0]
+    digest = hashlib.blake2b(repr((salt, candidates)).encode(), digest_size=8).digest()
+    return candidates[int.from_bytes(digest, "little") % len(candidates)]
+
+
+def _slices(held: list[Holding]) -> Selection:
+    """Few slices for many holdings: neighbouring heads joined, then neighbouring layers."""
+    heads: list[list[int | str]] = []
+    for layer, name, start, stop in sorted(held, key=lambda h: (h[1], h[0], h[2])):
+        last = heads[-1] if heads else None
+        if last is not None and last[:2] == [layer, name] and last[3] == start:
+            last[3] = stop
+        elif last is None or last != [layer, name, start, stop]:
+            heads.append([layer, name, start, stop])
+    out: list[Slice] = []
+    for layer, name, start, stop in sorted(heads, key=lambda h: (h[1], h[2], h[3], h[0])):
+        assert isinstance(layer, int)
+        assert isinstance(name, str)
+        assert isinstance(start, int)
+        assert isinstance(stop, int)
+        last_slice = out[-1] if out else None
+        if (
+            last_slice is not None
+            and (last_slice.name, last_slice.first_head, last_slice.last_head)
+            == (name, start, stop)
+            and last_slice.last_layer == layer
+        ):
+            out[-1] = last_slice._replace(last_layer=layer + 1)
+        else:
+            out.append(Slice(name, layer, layer + 1, start, stop))
+    return tuple(out)
