@@ -157,6 +157,7 @@ class NixlTransport(SlotTransport):
 
     def _unload(self, peer: Peer) -> None:
         peer.ticket.release()
+        peer.ticket = None
         self._agent.remove_remote_agent(peer.name)
 
     def _post(self, peer: Peer, write: Write, notification: bytes) -> None:
@@ -215,7 +216,8 @@ class NixlTransport(SlotTransport):
             self._unload(peer)
         self._local_list.release()
         self._agent.deregister_memory(self._registration)
-        del self._agent
+        # Handles refer to the agent too; it closes its connections when nothing does any more.
+        del self._local_list, self._registration, self._agent
 
 
 def _strided(window: Window) -> Any:
