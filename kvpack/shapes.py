@@ -102,7 +102,8 @@ class TensorKind:
     layers : range
         Global ids of the layers that store them.
     heads : int or None
-        KV heads that tensor parallel ranks share; None if there is no head axis and every rank holds all of it.
+        KV heads that tensor parallel ranks share; None where rows have no head axis, so that every
+        rank holds them whole.
     row_elements : int
         Elements of one token in one head.
     dtype_bytes : int or None
@@ -276,7 +277,7 @@ MODELS: dict[str, ModelShape] = {
         ModelShape(
             "deepseek-v3.2",
             (
-                # 512 fp8 values, four fp32 scales, 64 rotary values of 2 bytes; no one may look inside.
+                # 512 fp8 values, four fp32 scales, 64 rotary values of 2 bytes: opaque.
                 TensorKind(("kv",), range(61), None, 656, dtype_bytes=1),
                 # 128 fp8 values and one fp32 scale.
                 TensorKind(("index_k",), range(61), None, 132, dtype_bytes=1),

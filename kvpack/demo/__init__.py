@@ -1,0 +1,1 @@
+"""The demo: a real model's KV cache from prefill processes to decode processes."""
