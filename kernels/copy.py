@@ -1,0 +1,220 @@
+"""Public gather and scatter: checks at the door, then Triton or its NumPy twin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpack.columns import Row, Span
+from kvpack.errors import BlockListError, OptionsError, StagingError
+from kvpack.kernels import launch, reference
+from kvpack.kernels.table import LaneTable, as_lane_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpack.kernels.table import TableLike
+
+    StagingMemory: TypeAlias = npt.NDArray[np.uint8] | torch.Tensor
+
+Backend = Literal["triton", "numpy"]
+
+
+def gather(
+    table: TableLike,
+    spans: npt.NDArray[np.int64],
+    blocks: npt.NDArray[np.int32],
+    staging: StagingMemory,
+    *,
+    backend: Backend | None = None,
+    stream: torch.cuda.Stream | None = None,
+    max_ctas: int | None = None,
+) -> None:
+    """Pack a chunk: copy it from cache blocks into staging memory.
+
+    On CUDA this enqueues one small upload and one kernel and returns: cache, table and staging
+    must live until they have run. `spans` and `blocks` may be reused at once.
+
+    Parameters
+    ----------
+    table : LaneTable
+        The source side's lane table. An array, or a tensor where the kernels run, is made into a
+        LaneTable on every call, which on a GPU waits for it.
+    spans : ndarray of int64, shape (spans, len(Span))
+        ``plan.spans(...)`` of that side and chunk.
+    blocks : ndarray of int32, shape (ids,)
+        The request's block ids, layer group after layer group. Bytes of negative ids are skipped.
+    staging : torch.Tensor or ndarray of uint8, shape (bytes,)
+        Memory of the chunk, beginning at a multiple of its widest access.
+    backend : {"triton", "numpy"}, optional
+        Default: Triton where `staging` is on a GPU, else NumPy. On the CPU Triton needs its
+        interpreter (``TRITON_INTERPRET=1``).
+    stream : torch.cuda.Stream, optional
+        Default: torch's current stream of the device. Not used on the CPU.
+    max_ctas : int, optional
+        Thread blocks that may be launched. Default: as many as there are tiles. Not used by
+        NumPy, which runs in the calling thread.
+
+    Raises
+    ------
+    BlockListError
+        If `blocks` is not one int32 list, or too short for the spans.
+    LayoutError
+        If `table` is no lane table.
+    OptionsError
+        If `max_ctas` is below 1, `backend` unknown or unable to run here, or `spans` not a span
+        table of `table`.
+    StagingError
+        If `staging` is no such memory, too short, misaligned, or not where the table is.
+    """
+    _copy(table, spans, blocks, staging, backend, stream, max_ctas, scatter=False)
+
+
+def scatter(
+    table: TableLike,
+    spans: npt.NDArray[np.int64],
+    blocks: npt.NDArray[np.int32],
+    staging: StagingMemory,
+    *,
+    backend: Backend | None = None,
+    stream: torch.cuda.Stream | None = None,
+    max_ctas: int | None = None,
+) -> None:
+    """Unpack a chunk: copy it from staging memory into cache blocks.
+
+    Parameters and errors are those of :func:`gather`; `table` and `blocks` are the destination's.
+    """
+    _copy(table, spans, blocks, staging, backend, stream, max_ctas, scatter=True)
+
+
+def choose_backend(backend: str | None, on_gpu: bool) -> Backend:
+    """Backend for memory on a GPU or not.
+
+    Raises
+    ------
+    OptionsError
+        If `backend` is unknown or cannot reach that memory.
+    """
+    if backend is None:
+        return "triton" if on_gpu else "numpy"
+    if backend == "numpy":
+        if on_gpu:
+            raise OptionsError(
+                "backend 'numpy' cannot reach memory on a GPU; use 'triton' or leave it out"
+            )
+        return "numpy"
+    if backend == "triton":
+        if not on_gpu and not launch.interpreted():
+            raise OptionsError(
+                "backend 'triton' reaches memory on the CPU in Triton's interpreter only; set "
+                "TRITON_INTERPRET=1 before triton is imported, or use 'numpy'"
+            )
+        return "triton"
+    raise OptionsError(f"backend {backend!r} is not one of 'triton', 'numpy'")
+
+
+def check_request(
+    table: LaneTable, spans: npt.NDArray[np.int64], blocks: npt.NDArray[np.int32]
+) -> None:
+    """Refuse spans that are not of this table, and block ids that do not reach.
+
+    Raises
+    ------
+    BlockListError, OptionsError
+        As :func:`gather`.
+    """
+    if not isinstance(spans, np.ndarray) or spans.dtype != np.int64 or spans.ndim != 2:
+        raise OptionsError("spans must be a two-dimensional int64 array; pass plan.spans(...)")
+    if spans.shape[1] != len(Span):
+        raise OptionsError(
+            f"spans have {spans.shape[1]} columns, not {len(Span)}; pass plan.spans(...)"
+        )
+    if not isinstance(blocks, np.ndarray) or blocks.dtype != np.int32 or blocks.ndim != 1:
+        raise BlockListError(
+            f"block ids must be a one-dimensional int32 array, not {type(blocks).__name__} of "
+            f"{getattr(blocks, 'dtype', 'no dtype')}; use numpy.asarray(ids, numpy.int32)"
+        )
+    if not len(spans):
+        return
+    last_rows = spans[:, Span.ROW] + 2 * (spans[:, Span.LANES] - 1)
+    if int(spans[:, Span.ROW].min()) < 0 or int(last_rows.max()) >= len(table.rows):
+        raise OptionsError(
+            f"spans name lane table row {last_rows.max()}, but the table has {len(table.rows)}; "
+            f"pass spans and table of one plan and side"
+        )
+    rows = table.rows[spans[:, Span.ROW]]
+    first = rows[:, Row.PHASE] + spans[:, Span.UNIT] * rows[:, Row.STEP] + spans[:, Span.TOKEN]
+    last = first + (spans[:, Span.UNITS] - 1) * rows[:, Row.STEP]
+    lowest = first // rows[:, Row.BLOCK_TOKENS] + spans[:, Span.BLOCKS]
+    highest = last // rows[:, Row.BLOCK_TOKENS] + spans[:, Span.BLOCKS]
+    if int(lowest.min()) < 0 or int(highest.max()) >= len(blocks):
+        raise BlockListError(
+            f"the spans need block ids {lowest.min()} to {highest.max()} of a list of "
+            f"{len(blocks)}; pass the ids of every block of the request's range"
+        )
+
+
+def _copy(
+    table: TableLike,
+    spans: npt.NDArray[np.int64],
+    blocks: npt.NDArray[np.int32],
+    staging: StagingMemory,
+    backend: Backend | None,
+    stream: torch.cuda.Stream | None,
+    max_ctas: int | None,
+    *,
+    scatter: bool,
+) -> None:
+    if max_ctas is not None and max_ctas < 1:
+        raise OptionsError(f"max_ctas is {max_ctas}, below 1; leave it out for no cap")
+    table = as_lane_table(table)
+    check_request(table, spans, blocks)
+    address, on_gpu = _check_staging(table, spans, staging, writable=not scatter)
+    if choose_backend(backend, on_gpu) == "triton":
+        launch.launch_copy(
+            table, spans, blocks, address, scatter=scatter, stream=stream, max_ctas=max_ctas
+        )
+    else:
+        twin = reference.scatter if scatter else reference.gather
+        twin(table.rows, spans, blocks, address)
+
+
+def _check_staging(
+    table: LaneTable, spans: npt.NDArray[np.int64], staging: StagingMemory, *, writable: bool
+) -> tuple[int, bool]:
+    """Address of checked staging memory, and whether it is on a GPU."""
+    if isinstance(staging, np.ndarray):
+        address, nbytes, on_gpu, where = staging.ctypes.data, staging.size, False, "cpu"
+        contiguous = staging.flags.c_contiguous and (staging.flags.writeable or not writable)
+        is_bytes = staging.dtype == np.uint8
+    else:
+        address, nbytes, on_gpu = staging.data_ptr(), staging.numel(), staging.is_cuda
+        contiguous, where = staging.is_contiguous(), str(staging.device)
+        is_bytes = staging.dtype.itemsize == 1
+    if not is_bytes or staging.ndim != 1 or not contiguous:
+        raise StagingError(
+            f"staging must be one contiguous, writable run of uint8, not {staging.dtype} of shape "
+            f"{tuple(staging.shape)}; pass a slice of the staging buffer"
+        )
+    if table.on_gpu != on_gpu or (on_gpu and where != str(table.resident().device)):
+        raise StagingError(
+            f"staging is on {where} but the lane table is {table!r}; make the table with "
+            f"LaneTable(rows, {where!r})"
+        )
+    if len(spans):
+        ends = spans[:, Span.OFFSET] + (spans[:, Span.LANES] - 1) * spans[:, Span.LANE_PITCH]
+        needed = int((ends + spans[:, Span.UNITS] * spans[:, Span.UNIT_BYTES]).max())
+        if needed > nbytes or int(spans[:, Span.OFFSET].min()) < 0:
+            raise StagingError(
+                f"the spans need {needed} bytes of staging and {nbytes} were given; cut a smaller "
+                f"chunk or pass more"
+            )
+        width = int(spans[:, Span.WIDTH].max())
+        if address % width:
+            raise StagingError(
+                f"staging at address {address:#x} is not a multiple of the spans' {width}-byte "
+                f"access; begin chunks at multiples of 256 bytes"
+            )
+    return address, on_gpu
