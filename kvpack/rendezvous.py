@@ -126,7 +126,7 @@ class Listener:
                 try:
                     (frame,) = frames
                     hello = _hello_decoder.decode(frame)
-                except (ValueError, msgspec.DecodeError):
+                except (ValueError, msgspec.DecodeError, RecursionError):
                     self._dropped += 1
                     continue
                 answer = msgspec.msgpack.encode(self._answer(hello.metadata))
@@ -202,7 +202,7 @@ def exchange(address: str, metadata: bytes, timeout_s: float = 10.0) -> bytes:
             )
         try:
             answer = _answer_decoder.decode(socket.recv())
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise TransportError(
                 f"whoever listens at {address} is no kvpack endpoint of this version: {error}"
             ) from error

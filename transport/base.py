@@ -211,7 +211,8 @@ class Transport(Protocol):
     def poll(self, write: Write) -> bool:
         """Drive a write, and tell whether it is done.
 
-        The notification leaves during a poll: a writer that does not poll never notifies.
+        The notification leaves at the latest during the poll that returns True; a writer that does
+        not poll may never notify.
 
         Raises
         ------
@@ -525,7 +526,7 @@ def decode_metadata(kind: str, name: str, blob: bytes) -> bytes:
     """
     try:
         found = _decoder.decode(blob)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TransportError(
             f"the metadata given for peer {name!r} ({len(blob)} bytes) is not a transport's: "
             f"{error}; pass the peer's metadata unchanged"

@@ -6,7 +6,8 @@ What NIXL 1.5 does and this module answers, each seen in a run:
   context (NIXL #2102). So there is none: whoever drives the transport polls. A target that does not
   poll stalls those who connect to it.
 * `make_prepped_xfer` merges adjacent slots into one descriptor, `initialize_xfer` never does.
-* The notification of a write leaves only when the writer polls after the write's completion.
+* The notification of a write that is not done when it was posted leaves only when the writer
+  polls after the write's completion.
 * Releasing a handle, or removing the remote agent, does not stop a write, and after a removal NIXL
   answers NOT_FOUND to every question about it. So handles are released, and agents removed, only
   when their writes have ended.
@@ -58,7 +59,10 @@ def _import_nixl() -> ModuleType:
     is_level_chosen = "NIXL_LOG_LEVEL" in os.environ
     # Read by NIXL's C++ side too, whenever its library is loaded.
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    logger = logging.getLogger("nixl")
     raise_exceptions = logging.raiseExceptions
+    # While it is imported, its logger writes to stdout already, and nobody can have mended that.
+    logger.addFilter(_nothing)
     try:
         nixl = importlib.import_module("nixl._api")
     except (ImportError, OSError) as error:
@@ -67,8 +71,8 @@ def _import_nixl() -> ModuleType:
             "`pip install nixl-cu12` or `nixl-cu13` for the CUDA version of your torch"
         ) from error
     finally:
+        logger.removeFilter(_nothing)
         logging.raiseExceptions = raise_exceptions
-    logger = logging.getLogger("nixl")
     if not is_level_chosen:
         logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
@@ -234,6 +238,10 @@ def _strided(window: Window) -> Any:
         ],
         dtype=np.int64,
     )
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _check_state(state: str) -> str:

@@ -76,7 +76,7 @@ class Fleet:
 
     def pair(self, **sizes: int) -> tuple[Node, Node]:
         """Open two nodes that know each other."""
-        here, there = self.open(**sizes), self.open(**sizes)
+        here, there = self.open(None, **sizes), self.open(None, **sizes)
         here.add(there)
         there.add(here)
         return here, there
