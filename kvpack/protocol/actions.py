@@ -37,7 +37,7 @@ class Wire(Protocol):
 
 
 WireOf: TypeAlias = Callable[[str, Request, int, int], Wire]
-"""(peer, request, first, last) -> Wire of that part. A KvpackError ends the session, as its reason."""
+"""(peer, request, first, last) -> Wire of that part; a KvpackError is why the session ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,18 @@ class OutgoingChunk:
     wire_last: int
     run: SlotRun
     lease: SlotRun
+
+    def landing(self) -> dict[str, int]:
+        """Return what DATA says of it: grant number, lease, part and wire bytes."""
+        return {
+            "number": self.number,
+            "slot": self.lease.slot,
+            "generation": self.lease.generation,
+            "first": self.first,
+            "last": self.last,
+            "wire_first": self.wire_first,
+            "wire_last": self.wire_last,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -302,7 +302,7 @@ def encode(message: Message) -> bytes:
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ProtocolError(
             f"{type(message).__name__} of request {message.request_id!r} takes {len(payload)} "
-            f"bytes; a message may take {MAX_MESSAGE_BYTES}: ask for fewer lanes or ranks in one request"
+            f"bytes; a message may take {MAX_MESSAGE_BYTES}: ask for fewer lanes or ranks at once"
         )
     return payload
 

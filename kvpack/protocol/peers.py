@@ -38,8 +38,8 @@ class Peer:
         The endpoint's name, as `to`, `receivers` and reasons use it.
     my_token, its_token : bytes
         What messages from it and messages to it carry.
-    slot_bytes, receive_slots : int
-        Its staging, where the leases that it grants lie.
+    slot_bytes, send_slots, receive_slots : int
+        Its staging.
     """
 
     key: str
@@ -47,7 +47,18 @@ class Peer:
     my_token: bytes
     its_token: bytes
     slot_bytes: int
+    send_slots: int
     receive_slots: int
+
+    @property
+    def max_chunk_bytes(self) -> int:
+        """Staging bytes of the largest chunk it cuts, unless one piece is larger."""
+        return largest_chunk_slots(self.send_slots) * self.slot_bytes
+
+
+def largest_chunk_slots(send_slots: int) -> int:
+    """Half of the send slots, so that one chunk is gathered while another is on the wire."""
+    return max(1, send_slots // 2)
 
 
 class Peers:
@@ -78,6 +89,7 @@ class Peers:
     def remove(self, key: str) -> None:
         """Cease to talk to a peer; later messages of its are dropped."""
         self._peers.pop(key, None)
+        self._seq.pop(key, None)
 
     def get(self, key: str) -> Peer:
         """Return a connected peer.

@@ -145,6 +145,8 @@ class SlotPool:
         """Mark a run as one that a late write may still hit."""
         self._held(run)
         self._runs[run.slot] = (run, SlotState.IN_DOUBT)
+        if run.slot < self._window[1] and self._window[0] < run.slot + run.slots:
+            self._reserved_for = None  # who waits for this window might wait for ever
 
     def retire(self, run: SlotRun) -> None:
         """Mark a run in doubt as lost, until proof comes after all."""
