@@ -1,15 +1,25 @@
-"""Random ranks of a random model: caches of every supported layout, filled from logical tensors."""
+"""Random topologies: ranks of a random model, in every supported cache layout, on poisoned memory.
+
+What a rank's memory holds is decided by NumPy's own indexing over the declared dims, never by the
+planner, so that a transfer can be compared byte for byte with what it should have done.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvpack.blocks import touched_blocks
+from kvpack.blocks import NO_BLOCK, block_table, touched_blocks
+from kvpack.columns import Span
+from kvpack.election import Election
+from kvpack.kernels import LaneTable, gather, scatter
 from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Shard, declare
+from kvpack.plan import TransferPlan, compile_plan
+from kvpack.verify import Party
+from kvpack.wire import chunk_origin
 
 HEADED = (
     "kv block token head dim",
@@ -20,98 +30,231 @@ HEADED = (
     "block layer kv token head dim",
     "layer kv block token head dim",
     "layer block kv head token dim",
+    "block token layer kv head dim",
     "block token head dim",
     "block head token dim",
     "layer block head token dim",
     "(block token) head dim",
+    "(block token) layer kv head dim",
+    "layer kv (block token) head dim",
     "block head token (kv dim)",
     "block token head (kv dim)",
     "block head dim token",
     "block head hi token lo",
 )
-HEADLESS = ("block token dim", "layer block token dim", "block layer token dim", "(block token) dim")
+HEADLESS = (
+    "block token dim",
+    "layer block token dim",
+    "block layer token dim",
+    "block token layer dim",
+    "(block token) dim",
+    "block 1 token hi lo",
+)
+BLOCK_TOKENS = (1, 2, 3, 4, 8, 16, 32, 48)
 DTYPES = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
+GUARD_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Cache tensors of one shape: their layers, names, heads (0: no head axis) and inner size."""
+
+    layers: tuple[int, ...]
+    names: tuple[str, ...]
+    heads: int
+    dim: int
+    item_bytes: int
 
 
 @dataclass(frozen=True)
 class Model:
-    """The logical tensors of one request: random bytes, and which axes they have."""
+    """What one request's cache holds.
 
-    layers: int
-    heads: int
-    dim: int
-    item_bytes: int
+    ``values[layer, name]`` has the shape (tokens, heads, dim).
+    """
+
+    kinds: tuple[Kind, ...]
     tokens: int
-    names: tuple[str, ...]
-    headed: bool
     values: dict[tuple[int, str], np.ndarray]
 
     @staticmethod
-    def random(rng: random.Random, headed: bool | None = None) -> Model:
-        headed = rng.random() < 0.8 if headed is None else headed
-        names = ("k", "v") if headed else ("kv",)
-        layers, heads = rng.randint(1, 4), rng.choice((1, 2, 3, 4, 6, 8)) if headed else 1
-        dim, item = rng.choice((2, 4, 6, 8, 10, 16, 24)), rng.choice((1, 2, 4, 8))
-        tokens = rng.randint(1, 150)
-        noise = np.random.default_rng(rng.getrandbits(32))
+    def of(kinds: Sequence[Kind], tokens: int, seed: int = 0) -> Model:
+        """Fill the tensors of the given kinds with noise."""
+        noise = np.random.default_rng(seed)
         values = {
             (layer, name): noise.integers(
-                0, 1 << (8 * item), (tokens, heads, dim), dtype=DTYPES[item]
+                0, 1 << (8 * kind.item_bytes), (tokens, kind.heads or 1, kind.dim),
+                dtype=DTYPES[kind.item_bytes],
             )
-            for layer in range(layers)
-            for name in names
-        }
-        return Model(layers, heads, dim, item, tokens, names, headed, values)
+            for kind in kinds
+            for layer in kind.layers
+            for name in kind.names
+        }  # fmt: skip
+        return Model(tuple(kinds), tokens, values)
+
+    @staticmethod
+    def random(rng: random.Random) -> Model:
+        """Attention heads or latents; sometimes two sorts of layers, sometimes an index beside."""
+        count = rng.randint(1, 4)
+        cut = rng.choice((count, count, rng.randint(1, count)))
+        parts = [tuple(range(cut)), tuple(range(cut, count))]
+        kinds = [Model._kind(rng, layers) for layers in parts if layers]
+        if rng.random() < 0.15:
+            item = rng.choice((1, 2))
+            kinds.append(Kind(parts[0], ("index_k",), 0, rng.choice((4, 9)), item))
+        return Model.of(kinds, rng.randint(1, 120), rng.getrandbits(32))
+
+    @staticmethod
+    def _kind(rng: random.Random, layers: tuple[int, ...]) -> Kind:
+        item = rng.choice((1, 2, 4, 8))
+        if rng.random() < 0.2:
+            return Kind(layers, ("kv",), 0, rng.choice((5, 8, 18, 36)), item)
+        heads = rng.choice((1, 2, 3, 4, 6, 8))
+        return Kind(layers, ("k", "v"), heads, rng.choice((2, 3, 4, 6, 8, 16)), item)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return 1 + max(layer for kind in self.kinds for layer in kind.layers)
 
 
 @dataclass
 class Rank:
-    """One rank's memory, its declaration and the block list of the request."""
+    """One rank's memory, its declaration and its block lists over positions ``[first, last)``.
+
+    ``views[layer, name]`` has the shape (block, token, head, inner axes), ``poison`` what the
+    buffers held before anything was written.
+    """
 
     name: str
     layout: CacheLayout
     buffers: list[np.ndarray]
     views: dict[tuple[int, str], np.ndarray]
-    """Per layer and name, a view of shape (block, token, head, dim)."""
-    blocks: np.ndarray
+    blocks: list[np.ndarray]
     first: int
     last: int
-    poison: list[np.ndarray] = field(default_factory=list)
+    poison: list[np.ndarray]
 
     def fill(self, model: Model) -> None:
-        """Write the request's logical values where the block list says."""
-        for (layer, name), view in self.views.items():
-            _place(self, view, model.values[layer, name], layer, name)
+        """Write the request's logical values where the block lists say."""
+        shard = self.layout.context
+        held = np.array(
+            [p for p in range(self.first, self.last) if position_rank(shard, p) == shard.rank],
+            np.int64,
+        )
+        local = np.array([shard.tokens_before(int(p)) for p in held], np.int64)
+        for tensor in self.layout.tensors:
+            view = self.views[tensor.layer, tensor.name]
+            start, _ = touched_blocks(self.layout, tensor.group, self.first, self.last)
+            block = self.blocks[tensor.group][local // tensor.block_tokens - start]
+            there = block >= 0
+            heads = slice(tensor.heads.start, tensor.heads.stop)
+            values = model.values[tensor.layer, tensor.name][held[there], heads]
+            into = (block[there], local[there] % tensor.block_tokens)
+            view[into] = values.reshape(len(values), *view.shape[2:])
 
     def expected(self, model: Model) -> list[np.ndarray]:
-        """What the buffers must hold after a transfer: poison, and the request's bytes."""
-        kept = [buffer.copy() for buffer in self.buffers]
-        for buffer, poison in zip(self.buffers, self.poison, strict=True):
-            buffer[:] = poison
+        """What the still poisoned buffers must hold after a transfer."""
         self.fill(model)
         wanted = [buffer.copy() for buffer in self.buffers]
-        for buffer, before in zip(self.buffers, kept, strict=True):
-            buffer[:] = before
+        for buffer, poison in zip(self.buffers, self.poison, strict=True):
+            buffer[:] = poison
         return wanted
 
+    def party(self, first: int, last: int) -> Party:
+        """This rank with the part of its block lists that ``[first, last)`` touches."""
+        lists = []
+        for group, ids in enumerate(self.blocks):
+            begin, _ = touched_blocks(self.layout, group, self.first, self.last)
+            start, stop = touched_blocks(self.layout, group, first, last)
+            lists.append(ids[start - begin : stop - begin] if stop > start else ids[:0])
+        return Party(self.layout, lists)
 
-def _tensor(rank: Rank, layer: int, name: str) -> CacheTensor:
-    return next(t for t in rank.layout.tensors if (t.layer, t.name) == (layer, name))
+
+@dataclass(frozen=True)
+class Topology:
+    """One request: every rank that has it, every rank that wants it, and its positions."""
+
+    model: Model
+    sources: list[Rank]
+    destinations: list[Rank]
+    first: int
+    last: int
+
+    @property
+    def layouts(self) -> dict[str, CacheLayout]:
+        """Cache layouts of the sources, by name."""
+        return {rank.name: rank.layout for rank in self.sources}
 
 
-def _place(rank: Rank, view: np.ndarray, values: np.ndarray, layer: int, name: str) -> None:
-    tensor = _tensor(rank, layer, name)
-    tokens, shard = tensor.block_tokens, rank.layout.context
-    start, _ = touched_blocks(rank.layout, tensor.group, rank.first, rank.last)
-    held = [
-        p for p in range(rank.first, rank.last) if p // shard.interleave % shard.ranks == shard.rank
+def position_rank(shard: ContextShard, position: int) -> int:
+    """Which rank of a context-parallel group holds a position."""
+    return position // shard.interleave % shard.ranks
+
+
+def random_topology(seed: int) -> Topology:
+    """A model, prefill ranks, decode ranks and a range, all random, and always enough to serve."""
+    rng = random.Random(seed)
+    model = Model.random(rng)
+    first = rng.choice((0, rng.randrange(model.tokens)))
+    last = rng.choice((model.tokens, rng.randint(first + 1, model.tokens)))
+    sent = (
+        rng.choice((first, rng.randint(0, first))),
+        rng.choice((last, rng.randint(last, model.tokens))),
+    )
+    sources = _side(rng, model, "prefill", *sent, most=8)
+    destinations = _side(rng, model, "decode", first, last, most=3)
+    for rank in destinations:
+        if rng.random() < 0.3:
+            for ids in rank.blocks:
+                ids[[rng.random() < 0.3 for _ in ids]] = NO_BLOCK
+    return Topology(model, sources, destinations, first, last)
+
+
+def _side(
+    rng: random.Random, model: Model, side: str, first: int, last: int, most: int
+) -> list[Rank]:
+    while True:
+        tp, pp = rng.choice((1, 1, 2, 3, 4)), rng.choice((1, 1, 1, 2, 3))
+        cp = rng.choice((1, 1, 1, 1, 2, 3, 4))
+        if tp * pp * cp <= most and pp <= model.layers:
+            break
+    interleave = rng.choice((1, 2, 3, 4, 8))
+    stages = sorted(rng.sample(range(1, model.layers), pp - 1))
+    bounds = [0, *stages, model.layers]
+    shards = [_shards(rng, kind.heads, tp) for kind in model.kinds]
+    fixed = {kind: rng.choice(BLOCK_TOKENS) for kind in model.kinds} if rng.random() < 0.6 else {}
+    return [
+        make_rank(
+            rng,
+            model,
+            f"{side}{t}.{stage}.{c}",
+            layers=range(bounds[stage], bounds[stage + 1]),
+            heads=[shard[t] for shard in shards],
+            first=first,
+            last=last,
+            context=ContextShard(c, cp, interleave),
+            block_tokens=fixed,
+        )
+        for t in range(tp)
+        for stage in range(pp)
+        for c in range(cp)
     ]
-    heads = slice(tensor.heads.start, tensor.heads.stop)
-    for p in held:
-        local = shard.tokens_before(p)
-        block = rank.blocks[local // tokens - start]
-        if block >= 0:
-            view[block, local % tokens] = values[p, heads]
+
+
+def _shards(rng: random.Random, heads: int, ranks: int) -> list[Shard]:
+    """Balanced shards or, now and then, any intervals that together cover the heads."""
+    if not heads:
+        return [Shard(replica=rank, replicas=ranks) for rank in range(ranks)]
+    if rng.random() < 0.7:
+        return [Shard.balanced(heads, ranks, rank) for rank in range(ranks)]
+    cuts = sorted(rng.choice(range(heads + 1)) for _ in range(ranks - 1))
+    out = []
+    for start, stop in zip([0, *cuts], [*cuts, heads], strict=True):
+        low = min(rng.randint(max(0, start - 1), start), heads - 1)
+        high = max(rng.randint(stop, min(heads, stop + 1)), low + 1)
+        out.append(Shard(low, high - low, heads))
+    return out
 
 
 def make_rank(
@@ -119,57 +262,67 @@ def make_rank(
     model: Model,
     name: str,
     *,
-    layers: Iterable[int],
-    heads: Shard,
+    layers: Sequence[int],
+    heads: Sequence[Shard],
     first: int,
     last: int,
-    context: ContextShard | None = None,
+    context: ContextShard = ContextShard(),
     dims: str | None = None,
-    block_tokens: int | None = None,
+    block_tokens: dict[Kind, int] | None = None,
 ) -> Rank:
-    """A rank with poisoned pools in a random (or the given) layout and a shuffled block list."""
-    layers = tuple(layers)
-    dims = dims or rng.choice(HEADED if model.headed else HEADLESS)
-    tokens = block_tokens or rng.choice((1, 2, 3, 4, 8, 16, 32, 48))
-    context = context or ContextShard()
+    """A rank with poisoned pools, in random layouts unless one is given, and shuffled block lists.
+
+    ``heads`` has a shard a kind. Kinds of one block size share a layer group or do not, as chance
+    will have it, so the two sides of a transfer number their groups differently.
+    """
     held = context.tokens_before(last) - context.tokens_before(first)
-    num_blocks = held // tokens + rng.randint(2, 5)
-    low = rng.choice([d for d in (1, 2, 4, 8) if model.dim % d == 0])
-    has_kv = "kv" in dims.replace("(", " ").replace(")", " ").split()
-    stacked_layers = "layer" in dims
-    sizes = {
-        "block": num_blocks,
-        "token": tokens,
-        "head": heads.count,
-        "dim": model.dim,
-        "hi": model.dim // low,
-        "lo": low,
-        "kv": len(model.names),
-        "layer": len(layers),
-    }
     tensors: list[CacheTensor] = []
     buffers: list[np.ndarray] = []
     views: dict[tuple[int, str], np.ndarray] = {}
+    groups: list[tuple[int, int]] = []
     noise = np.random.default_rng(rng.getrandbits(32))
-    for some_layers in [layers] if stacked_layers else [(layer,) for layer in layers]:
-        for some_names in [model.names] if has_kv else [(n,) for n in model.names]:
-            buffer, array = _pool(rng, noise, dims, sizes, DTYPES[model.item_bytes])
-            buffers.append(buffer)
-            tensors += declare(
-                array,
-                dims,
-                layers=some_layers,
-                names=some_names,
-                heads=heads if "head" in dims else None,
-                block_tokens=tokens if "(block token)" in dims else None,
-            )
-            views |= _views(array, dims, sizes, some_layers, some_names)
-    ids = np.array(rng.sample(range(num_blocks), num_blocks), np.int32)
+    for kind, shard in zip(model.kinds, heads, strict=True):
+        mine = tuple(layer for layer in kind.layers if layer in layers)
+        if not mine:
+            continue
+        tokens = (block_tokens or {}).get(kind) or rng.choice(BLOCK_TOKENS)
+        shared = [g for g, (size, _) in enumerate(groups) if size == tokens]
+        group = rng.choice([len(groups), *shared])
+        if group == len(groups):
+            groups.append((tokens, held // tokens + rng.randint(2, 5)))
+        chosen = dims or rng.choice(HEADED if kind.heads else HEADLESS)
+        low = rng.choice([d for d in (1, 2, 4, 8) if kind.dim % d == 0])
+        words = [word for axis in axes_of(chosen) for word in axis]
+        sizes = {
+            "block": groups[group][1],
+            "token": tokens,
+            "head": shard.count,
+            "dim": kind.dim,
+            "hi": kind.dim // low,
+            "lo": low,
+        }
+        for some in [mine] if "layer" in words else [(layer,) for layer in mine]:
+            for names in [kind.names] if "kv" in words else [(n,) for n in kind.names]:
+                sizes |= {"layer": len(some), "kv": len(names)}
+                buffer, array = _pool(rng, noise, chosen, sizes, DTYPES[kind.item_bytes])
+                buffers.append(buffer)
+                tensors += declare(
+                    array,
+                    chosen,
+                    layers=some,
+                    names=names,
+                    heads=shard if "head" in words else None,
+                    group=group,
+                    block_tokens=tokens if "(block token)" in chosen else None,
+                )
+                views |= logical_views(array, chosen, sizes, some, names)
     layout = CacheLayout(tensors, context)
-    start, stop = touched_blocks(layout, 0, first, last)
-    rank = Rank(name, layout, buffers, views, ids[: stop - start], first, last)
-    rank.poison = [buffer.copy() for buffer in buffers]
-    return rank
+    blocks = []
+    for group, (_, num_blocks) in enumerate(groups):
+        start, stop = touched_blocks(layout, group, first, last)
+        blocks.append(np.array(rng.sample(range(num_blocks), stop - start), np.int32))
+    poison = [buffer.copy() for buffer in buffers]
+    return Rank(name, layout, buffers, views, blocks, first, last, poison)
 
 
 def _pool(
@@ -182,21 +335,21 @@ def _pool(
     """Random bytes, and inside them a tensor of the dims' shape: unaligned, sometimes padded."""
     item = np.dtype(dtype).itemsize
     shape, padded = [], []
-    for axis in _groups(dims):
+    axes = axes_of(dims)
+    for axis in axes:
         length = int(np.prod([sizes[name] for name in axis]))
+        may_pad = len(axis) == 1 and axis[0] in ("block", "head", "dim") and length > 1
         shape.append(length)
-        pads = len(axis) == 1 and (dims.endswith("dim") or axis[0] in ("block", "head"))
-        padded.append(length + (rng.choice((0, 0, 0, 1, 2)) if pads else 0))
-    offset = rng.choice((0, 0, 16, 1, 3)) * item
-    buffer = noise.integers(0, 256, int(np.prod(padded)) * item + offset + 64, dtype=np.uint8)
-    lead = -buffer.ctypes.data % 64 + offset
-    buffer = np.concatenate([buffer, noise.integers(0, 256, 64, dtype=np.uint8)])
-    lead = -buffer.ctypes.data % 64 + offset
-    whole = buffer[lead : lead + int(np.prod(padded)) * item].view(dtype).reshape(padded)
+        padded.append(length + (rng.choice((0, 0, 0, 1, 2)) if may_pad else 0))
+    nbytes = int(np.prod(padded)) * item
+    buffer = noise.integers(0, 256, nbytes + 2 * GUARD_BYTES, dtype=np.uint8)
+    lead = -buffer.ctypes.data % 16 + rng.choice((0, 0, 16, 1, 3)) * item
+    whole = buffer[lead : lead + nbytes].view(dtype).reshape(padded)
     return buffer, whole[tuple(slice(0, n) for n in shape)]
 
 
-def _groups(dims: str) -> list[list[str]]:
+def axes_of(dims: str) -> list[list[str]]:
+    """Names of each axis of a dims string, read independently of the library."""
     out: list[list[str]] = []
     inside = False
     for word in dims.replace("(", " ( ").replace(")", " ) ").split():
@@ -208,57 +361,101 @@ def _groups(dims: str) -> list[list[str]]:
         elif inside:
             out[-1].append(word)
         else:
-            out.append([word])
+            out.append([] if word == "1" else [word])
     return out
 
 
-def _views(
+def logical_views(
     array: np.ndarray,
     dims: str,
     sizes: dict[str, int],
-    layers: tuple[int, ...],
-    names: tuple[str, ...],
+    layers: Sequence[int],
+    names: Sequence[str],
 ) -> dict[tuple[int, str], np.ndarray]:
-    """Views of shape (block, token, head, dim), by NumPy's own reshape and transpose."""
-    flat = [name for axis in _groups(dims) for name in axis]
+    """Views of shape (block, token, head, inner axes), by NumPy's own strides and transpose."""
+    shape: list[int] = []
     strides: list[int] = []
-    for axis, stride in zip(_groups(dims), array.strides, strict=True):
-        inner = stride
-        part = []
-        for name in reversed(axis):
-            part.append(inner)
-            inner *= sizes[name]
-        strides += part[::-1]
-    logical = np.lib.stride_tricks.as_strided(array, [sizes[n] for n in flat], strides)
-    order = [n for n in ("layer", "kv", "block", "token", "head", "hi", "lo", "dim") if n in flat]
-    view = logical.transpose([flat.index(n) for n in order])
-    if "layer" not in flat:
-        view = view[None]
-    if "kv" not in flat:
-        view = view[:, None]
-    if "head" not in flat:
-        view = view[:, :, :, :, None]
+    flat: list[str] = []
+    for axis, stride in zip(axes_of(dims), array.strides, strict=True):
+        steps = [stride * int(np.prod([sizes[n] for n in axis[i + 1 :]])) for i in range(len(axis))]
+        strides += steps
+        shape += [sizes[name] for name in axis]
+        flat += axis
+    logical = np.lib.stride_tricks.as_strided(array, shape, strides)
+    leading = [n for n in ("layer", "kv", "block", "token", "head") if n in flat]
+    inner = [n for n in flat if n not in leading]
+    view = logical.transpose([flat.index(n) for n in leading + inner])
+    for place, name in enumerate(("layer", "kv", "block", "token", "head")):
+        if name not in flat:
+            view = np.expand_dims(view, place)
     return {
-        (layer, name): _Inner.of(view[i, j], "hi" in flat)
-        for i, layer in enumerate(layers)
-        for j, name in enumerate(names)
+        (layer, name): view[i, j] for i, layer in enumerate(layers) for j, name in enumerate(names)
     }
 
 
-class _Inner:
-    """A view whose inner axes are cut in two, written to as if they were one."""
+def elected_plans(
+    topology: Topology, destination: Rank, salt: str, stream_layers: bool
+) -> Iterator[tuple[Rank, TransferPlan]]:
+    """The plan of every source that a receiver elects."""
+    chosen = Election(topology.layouts, destination.layout).elect(salt)
+    for rank in topology.sources:
+        if chosen[rank.name] != ():
+            yield (
+                rank,
+                compile_plan(
+                    rank.layout,
+                    destination.layout,
+                    selection=chosen[rank.name],
+                    stream_layers=stream_layers,
+                ),
+            )
 
-    def __init__(self, view: np.ndarray) -> None:
-        self.view = view
 
-    @staticmethod
-    def of(view: np.ndarray, cut: bool) -> np.ndarray:
-        return _Inner(view) if cut else view  # type: ignore[return-value]
+def chunks_of(plan: TransferPlan, first: int, last: int, chunk_bytes: int) -> list[tuple[int, int]]:
+    """Wire ranges of the chunks that a sender would cut."""
+    wire = plan.wire(first, last)
+    out, start = [], 0
+    while start < wire.total_bytes:
+        stop = wire.cut(start, chunk_bytes)
+        out.append((start, stop))
+        start = stop
+    return out
 
-    def __setitem__(self, key: tuple[int, int], values: np.ndarray) -> None:
-        target = self.view[key]
-        target[...] = values.reshape(target.shape)
 
-    def __getitem__(self, key: tuple[int, int]) -> np.ndarray:
-        target = self.view[key]
-        return target.reshape(*target.shape[:-2], -1)
+def ship(
+    plan: TransferPlan,
+    source: Rank,
+    destination: Rank,
+    first: int,
+    last: int,
+    chunk_bytes: int,
+    tables: dict[str, np.ndarray] | None = None,
+) -> int:
+    """Move a plan's bytes chunk by chunk through poisoned staging, by the kernels' NumPy twins.
+
+    Returns the payload bytes moved. ``tables`` replaces the plan's, for planted faults.
+    """
+    ours_at = LaneTable((tables or {}).get("source", plan.table("source")))
+    theirs_at = LaneTable((tables or {}).get("destination", plan.table("destination")))
+    held = block_table(source.layout, source.blocks, source.first, source.last, "source")
+    wanted = block_table(
+        destination.layout, destination.blocks, destination.first, destination.last, "destination"
+    )
+    wire = plan.wire(first, last)
+    moved = 0
+    for start, stop in chunks_of(plan, first, last, chunk_bytes):
+        nbytes = stop - chunk_origin(start)
+        room = np.full(GUARD_BYTES + 256 + chunk_bytes + GUARD_BYTES, 0xA5, np.uint8)
+        lead = -room.ctypes.data % 256
+        staging = room[lead : lead + nbytes]
+        ours = wire.spans("source", start, stop, held.offsets)
+        theirs = wire.spans("destination", start, stop, wanted.offsets)
+        gather(ours_at, ours, held.ids, staging)
+        assert (room[lead + nbytes :] == 0xA5).all(), "gather wrote behind its chunk"
+        assert (room[: lead + start - chunk_origin(start)] == 0xA5).all(), "gather wrote before it"
+        scatter(theirs_at, theirs, wanted.ids, staging)
+        payload = [int((s[:, Span.LANES] * s[:, Span.UNITS] * s[:, Span.UNIT_BYTES]).sum())
+                   for s in (ours, theirs)]  # fmt: skip
+        assert payload[0] == payload[1]
+        moved += payload[0]
+    return moved
