@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import gcd, lcm, prod
 from typing import Literal
 
@@ -103,13 +104,13 @@ class Lane:
         """Bytes of one position."""
         return prod(axis.count for axis in self.axes)
 
-    @property
+    @cached_property
     def full(self) -> Form:
         """A whole unit: tokens are an axis like the others and merge with them."""
         token = PairAxis(self.unit_tokens, self.source.token_stride, self.destination.token_stride)
         return coalesce((*self.axes, token))
 
-    @property
+    @cached_property
     def clipped(self) -> Form:
         """One position of a clipped unit; tokens stay outside."""
         return coalesce(self.axes)
