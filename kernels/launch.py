@@ -126,10 +126,10 @@ class Launcher:
     """
 
     def __init__(self, device: torch.device) -> None:
-        from kvpack.kernels import _triton
+        from kvpack.kernels import programs
 
         self._device = device
-        self._kernels: dict[str, Any] = {"copy": _triton.copy, "expand": _triton.expand}
+        self._kernels: dict[str, Any] = {"copy": programs.copy, "expand": programs.expand}
         self._lock = threading.Lock()
         self._ring: list[_Slot] = []
 

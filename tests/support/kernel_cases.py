@@ -124,6 +124,45 @@ def large_case(seed: int, token_bytes: int, tokens: int, block_tokens: int, lane
     return case
 
 
+def many_spans_case(seed: int, classes: int) -> Case:
+    """Make a case of many small lane classes."""
+    rng = random.Random(seed)
+    case = Case()
+    for _ in range(classes):
+        _add_class(case, rng, Sizes(lanes=2, blocks=2, run_words=4), holes=False)
+    return case
+
+
+def far_case() -> Case:
+    """Make a case, for `expand` alone, of strides, ids and tokens that need 64 bits."""
+    case = Case(pool_of_row=[0, 0], pool_bytes=[0], staging_bytes=1 << 40)
+    unit = 3 << 32
+    columns = {
+        Row.BLOCK_STRIDE: 5 << 28,
+        Row.BLOCK_TOKENS: 48,
+        Row.TOKEN_STRIDE: 1 << 24,
+        Row.PHASE: 16,
+        Row.STEP: 48,
+        Row.COUNT0: 2,
+        Row.STRIDE0: -(3 << 33),
+        Row.COUNT1: 1,
+        Row.COUNT2: 16,
+        Row.STRIDE2: 1 << 24,
+        Row.RUN_BYTES: 24,
+        Row.TOKEN_BYTES: 48,
+    }
+    case.rows = np.zeros((2, len(Row)), np.int64)
+    for column, value in columns.items():
+        case.rows[:, column] = value
+    case.rows[1, Row.COUNT2] = 1
+    ids = np.random.default_rng(0).integers(0, 1 << 31, 40, np.int32)
+    case.blocks = ids
+    full = [0, 1, unit, 39, 0, 16, -unit, (1 << 33) + 8, 0, 16 * 48, 8, 0]
+    clipped = [1, 1, unit + 39, 1, 3, 11, -unit, (1 << 33) + 8 + 39 * 16 * 48, 0, 11 * 48, 8, 1]
+    case.spans = np.array([clipped, full], np.int64)
+    return case
+
+
 @dataclass(frozen=True)
 class _Axes:
     """One lane's token: levels around a run, and how tokens and blocks lie in memory."""
@@ -216,10 +255,7 @@ def _add_lanes(
             size += axes.padding
         strides[name] = size
         size *= 1 if own_pools and name == "lane" else names[name]
-    if odd and inner and rng.random() < 0.3:
-        flipped = rng.choice(inner)
-    else:
-        flipped = None
+    flipped = rng.choice(inner) if odd and inner and rng.random() < 0.3 else None
     start = rng.choice((0, 1, 5)) * axes.word_bytes if odd else 0
     for lane in range(lanes):
         if own_pools or lane == 0:
@@ -275,7 +311,7 @@ def _add_spans(
     block_offset: int,
     align: int,
 ) -> None:
-    """Cut tokens ``[first, first + tokens)`` of all lanes into a clipped, a full, a clipped span."""
+    """Cut ``tokens`` tokens of all lanes, from ``first`` on, into clipped, full, clipped spans."""
     start = -(-case.staging_bytes // align) * align
     pitch = tokens * token_bytes
     cuts, token = [], first
