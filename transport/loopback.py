@@ -111,8 +111,9 @@ class LoopbackTransport(SlotTransport):
         import torch  # only CUDA memory needs it
 
         if self._stream is None:
-            cuda = self._send if self._send.device == "cuda" else window
-            self._stream = torch.cuda.Stream(device=cuda.device_index)  # type: ignore[no-untyped-call]
+            cuda: Any = torch.cuda  # its Stream is untyped
+            window_on_gpu = self._send if self._send.device == "cuda" else window
+            self._stream = cuda.Stream(device=window_on_gpu.device_index)
         with torch.cuda.stream(self._stream):
             _tensor(destination, nbytes, window).copy_(
                 _tensor(source, nbytes, self._send), non_blocking=True

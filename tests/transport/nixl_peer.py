@@ -1,7 +1,7 @@
 """Process at the other end of the NIXL tests: answers checksums of what was written to it.
 
-Usage: nixl_peer.py NAME SLOT_BYTES SLOTS. Prints the address of its rendezvous, and ends when its
-parent does, when its stdin closes, or after a minute.
+Usage: nixl_peer.py NAME SLOT_BYTES SLOTS DEVICE. Prints the address of its rendezvous, and ends
+when its parent does, when its stdin closes, or after a minute.
 
 Messages it knows: ``crc SLOT SLOTS`` is answered by ``crc SLOT SLOTS VALUE``; ``return SLOT SLOTS``
 is answered by writing those slots to the same slots of the asker, with ``returned SLOT SLOTS``.
@@ -16,18 +16,21 @@ import time
 import zlib
 
 import msgspec
-import numpy as np
+import torch
 
 from kvpack.rendezvous import Listener
 from kvpack.transport import NixlTransport, Region, Window
+from kvpack.transport.base import Device
 
 
 def main() -> None:
     name, slot_bytes, slots = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    device: Device = "cuda" if sys.argv[4] == "cuda" else "cpu"
     # One pool, received into and sent from: what came is returned from where it lies.
-    memory = np.zeros(slot_bytes * slots, dtype=np.uint8)
-    window = Window(memory.ctypes.data, slot_bytes, slots)
-    transport = NixlTransport(name, Region(window.address, window.nbytes), window)
+    memory = torch.zeros(slot_bytes * slots, dtype=torch.uint8, device=device)
+    window = Window(memory.data_ptr(), slot_bytes, slots, device)
+    region = Region(window.address, window.nbytes, device)
+    transport = NixlTransport(name, region, window)
 
     def meet(hello: bytes) -> bytes:
         peer, blob, theirs = msgspec.msgpack.decode(hello, type=tuple[str, bytes, Window])
@@ -44,7 +47,8 @@ def main() -> None:
             word, slot, count = message.split()
             first, n = int(slot), int(count)
             if word == b"crc":
-                value = zlib.crc32(memory[first * slot_bytes : (first + n) * slot_bytes].data)
+                run = memory[first * slot_bytes : (first + n) * slot_bytes]
+                value = zlib.crc32(run.cpu().numpy().data)
                 transport.notify(sender, message + b" %d" % value)
             elif word == b"return":
                 writes.append(
