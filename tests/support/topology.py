@@ -53,6 +53,7 @@ HEADLESS = (
 BLOCK_TOKENS = (1, 2, 3, 4, 8, 16, 32, 48)
 DTYPES = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 GUARD_BYTES = 64
+WHOLE_CONTEXT = ContextShard()
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def make_rank(
     heads: Sequence[Shard],
     first: int,
     last: int,
-    context: ContextShard = ContextShard(),
+    context: ContextShard = WHOLE_CONTEXT,
     dims: str | None = None,
     block_tokens: dict[Kind, int] | None = None,
 ) -> Rank:
