@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -379,13 +380,12 @@ class _CudaMemory:
             )
         self.device = f"cuda:{index}"
         self._nbytes = nbytes
-        self._process = os.getpid()
-        self._context = _PrimaryContext(index)
+        context = _PrimaryContext(index)
         address = ctypes.c_uint64()
         free = ctypes.c_size_t()
         total = ctypes.c_size_t()
         try:
-            with self._context as driver:
+            with context as driver:
                 status = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(nbytes))
                 driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
             if status == _CUDA_ERROR_OUT_OF_MEMORY:
@@ -396,9 +396,13 @@ class _CudaMemory:
                 )
             _check(driver, status, "cuMemAlloc")
         except BaseException:
-            self._context.release()
+            context.release()
             raise
         self.address = address.value
+        # Also frees a region that was forgotten instead of closed. Not at exit: the driver may be
+        # gone by then, and takes the memory with it.
+        self._finalizer = weakref.finalize(self, _free, context, self.address, os.getpid())
+        self._finalizer.atexit = False
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -418,12 +422,16 @@ class _CudaMemory:
         return torch.as_tensor(self, device=self.device)
 
     def free(self) -> None:
-        # A forked child has neither the context nor the memory.
-        if os.getpid() != self._process:
-            return
-        with self._context as driver:
-            driver.cuMemFree_v2(ctypes.c_uint64(self.address))
-        self._context.release()
+        self._finalizer()
+
+
+def _free(context: _PrimaryContext, address: int, process: int) -> None:
+    # A forked child has neither the context nor the memory.
+    if os.getpid() != process:
+        return
+    with context as driver:
+        driver.cuMemFree_v2(ctypes.c_uint64(address))
+    context.release()
 
 
 _CUDA_ERROR_OUT_OF_MEMORY = 2

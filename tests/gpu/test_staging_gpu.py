@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from kvpack.errors import ClosedError, StagingError
@@ -40,6 +42,19 @@ def test_memory_is_not_torch_s_and_goes_back_at_close():
     assert abs(torch.cuda.mem_get_info()[0] - free) < 16 << 20
     with pytest.raises(ClosedError):
         staging.slot_view("send", 0, 1)
+
+
+def test_a_forgotten_staging_gives_its_memory_back():
+    torch.cuda.init()
+    free = torch.cuda.mem_get_info()[0]
+    staging = Staging("cuda", 256 << 20)
+    view = staging.tensor[:4]
+    del staging
+    gc.collect()
+    assert free - torch.cuda.mem_get_info()[0] >= 256 << 20, "a tensor still sees the memory"
+    del view
+    gc.collect()
+    assert abs(torch.cuda.mem_get_info()[0] - free) < 16 << 20
 
 
 def test_memory_stays_while_an_endpoint_uses_it():
