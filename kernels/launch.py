@@ -2,7 +2,7 @@
 
 A launch needs its spans and block ids on the device. They go up in one copy from a pinned slot,
 which is written again only after the launch that read it is over. In the steady state nothing is
-allocated and nothing is waited for: when every slot is still in use the ring grows by one.
+allocated and nothing is waited for: when every slot is still in use the ring grows.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ HEADER_WORDS = 2
 """int64 words at the start of an upload: number of spans, number of tiles."""
 
 _SMALLEST_SLOT_WORDS = 4096
+_SLOTS_AT_ONCE = 16
 _ROW_BYTES = 8 * DEVICE_COLUMNS
 
 
@@ -202,16 +203,23 @@ class Launcher:
         for i, slot in enumerate(self._ring):
             if len(slot.words) >= num_words and (slot.over is None or slot.over.query()):
                 return self._ring.pop(i)
-        return self._new_slot(1 << max(num_words - 1, _SMALLEST_SLOT_WORDS - 1).bit_length())
+        num_words = 1 << max(num_words - 1, _SMALLEST_SLOT_WORDS - 1).bit_length()
+        slot, *spare = self._new_slots(num_words)
+        self._ring.extend(spare)
+        return slot
 
-    def _new_slot(self, num_words: int) -> _Slot:
+    def _new_slots(self, num_words: int) -> list[_Slot]:
         import torch
 
         cuda = self._device.type == "cuda"
-        host = torch.empty(num_words, dtype=torch.int64, pin_memory=cuda)
-        device = torch.empty(num_words, dtype=torch.int64, device=self._device) if cuda else host
-        over: Any = torch.cuda.Event() if cuda else None
-        return _Slot(host, host.numpy(), device, over)
+        shape = (_SLOTS_AT_ONCE, num_words)
+        hosts = torch.empty(shape, dtype=torch.int64, pin_memory=cuda)
+        devices = torch.empty(shape, dtype=torch.int64, device=self._device) if cuda else hosts
+        events: list[Any] = [torch.cuda.Event() if cuda else None for _ in hosts]
+        return [
+            _Slot(host, host.numpy(), device, event)
+            for host, device, event in zip(hosts, devices, events, strict=True)
+        ]
 
 
 @cache

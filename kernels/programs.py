@@ -1,5 +1,6 @@
 # ruff: noqa: N803 - compile-time values are UPPER, as everywhere in Triton
-# mypy: ignore-errors - what a kernel computes with has no static types
+# What a kernel computes with has no static types.
+# mypy: ignore-errors
 """The Triton kernels: block ids to addresses in registers, and the copy fused with it.
 
 A kernel has one argument, the upload of its launch (`kvpack.kernels.launch`): a header, the first

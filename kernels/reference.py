@@ -139,7 +139,8 @@ def _items(
 
 def _run_offsets(row: npt.NDArray[np.int64], items: _Items) -> npt.NDArray[np.int64]:
     """Byte offsets from BASE of each run, shape (items, COUNT0, COUNT1, COUNT2)."""
-    offsets = items.blocks * row[Row.BLOCK_STRIDE] + items.tokens * row[Row.TOKEN_STRIDE]
+    offsets: npt.NDArray[np.int64] = items.blocks * row[Row.BLOCK_STRIDE]
+    offsets = offsets + items.tokens * row[Row.TOKEN_STRIDE]
     for count, stride in _LEVELS:
         offsets = offsets[..., None] + np.arange(row[count]) * row[stride]
     return offsets
