@@ -11,6 +11,8 @@ What NIXL 1.5 does and this module answers, each seen in a run:
 * Releasing a handle, or removing the remote agent, does not stop a write, and after a removal NIXL
   answers NOT_FOUND to every question about it. So handles are released, and agents removed, only
   when their writes have ended.
+* A peer that is removed and added again while both live costs each side a socket or two, which UCX
+  frees when the agent is closed.
 * A notification whose sender's name is not UTF-8 makes `get_new_notifs` raise.
 * Importing it logs to stdout and turns `logging.raiseExceptions` off.
 """
