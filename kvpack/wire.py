@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,28 @@ class Wire:
     def payload_bytes(self) -> int:
         """Bytes of cache that travel."""
         return sum(s.stop - s.start for s in self._stretches)
+
+    @cached_property
+    def piece_bytes(self) -> int:
+        """Staging bytes that hold one token of any lane, wherever a chunk begins."""
+        tokens = [s.lane_class.token_bytes for s in self._stretches]
+        return max(tokens) + WIRE_ALIGNMENT if tokens else 0
+
+    @cached_property
+    def fragments(self) -> int:
+        """Runs of bytes contiguous on both sides: what an unpacked transfer would post."""
+        return sum(
+            s.lane_class.lanes * runs * form
+            for s in self._stretches
+            for _, units, _, tokens in _unit_pieces(
+                s.first_token, s.first_token + s.tokens, s.lane_class.residue.unit_tokens
+            )
+            for runs, form in [
+                (units, prod(s.lane_class.full_counts[:-1]))
+                if tokens == s.lane_class.residue.unit_tokens
+                else (tokens, prod(s.lane_class.clipped_counts[:-1]))
+            ]
+        )
 
     def cut(self, start: int, max_bytes: int) -> int:
         """End of the largest chunk from ``start`` that fits in ``max_bytes`` of staging.

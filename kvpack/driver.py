@@ -1,0 +1,112 @@
+"""Who makes an endpoint's turns: a thread of its own, or whoever calls ``Endpoint.progress``."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+from kvpack.errors import EndpointError
+from kvpack.options import Options
+from kvpack.progress import Progress
+
+_logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class Driver:
+    """Makes turns until it is stopped.
+
+    Parameters
+    ----------
+    name : str
+        Of the endpoint.
+    progress : Progress
+        What is driven.
+    options : Options
+        Who drives, and how long it may sleep.
+    """
+
+    def __init__(self, name: str, progress: Progress, options: Options) -> None:
+        self._name = name
+        self._progress = progress
+        self._options = options
+        self._turning = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if options.driver == "thread":
+            self._thread = threading.Thread(target=self._run, name=f"kvpack {name}", daemon=True)
+            self._thread.start()
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether turns are made by a thread of the endpoint's own."""
+        return self._thread is not None
+
+    def turn(self) -> bool:
+        """Make one turn, unless somebody is making one."""
+        if not self._turning.acquire(blocking=False):
+            return False
+        try:
+            return self._progress.turn()
+        finally:
+            self._turning.release()
+
+    def run(self, function: Callable[[], _T]) -> _T:
+        """Run a function on the turning thread, and return or raise what it does.
+
+        Raises
+        ------
+        EndpointError
+            If the turning thread does not come to it in time.
+        """
+        if threading.current_thread() is self._thread:
+            return function()
+        future = self._progress.call(function)
+        deadline = time.monotonic() + self._options.connect_timeout_s
+        while self._thread is None and not future.done() and time.monotonic() < deadline:
+            self.turn()
+        try:
+            result: _T = future.result(max(0.0, deadline - time.monotonic()))
+        except FutureTimeoutError:
+            if future.done():
+                raise
+            raise EndpointError(
+                f"endpoint {self._name!r} did not come to a call within "
+                f"{self._options.connect_timeout_s} s; whoever drives it is stuck"
+            ) from None
+        return result
+
+    def stop(self) -> None:
+        """End the thread, if there is one; from then on only ``turn`` makes turns."""
+        self._stopped.set()
+        self._progress.wake.set()
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        progress, options = self._progress, self._options
+        progress.copier.enter_thread()
+        pause = options.busy_poll_s
+        while not self._stopped.is_set():
+            try:
+                moved = self.turn()
+            except Exception:
+                # One turn's failure must not end everybody's transfers; their deadlines stand.
+                _logger.exception("a turn of endpoint %r failed", self._name)
+                moved = False
+            if moved:
+                pause = options.busy_poll_s
+            elif progress.is_busy:
+                time.sleep(options.busy_poll_s)
+            else:
+                is_open = progress.transfers.is_open
+                longest = options.waiting_poll_s if is_open else options.idle_poll_s
+                pause = min(max(2 * pause, options.busy_poll_s), longest)
+                if progress.wake.wait(pause):
+                    pause = options.busy_poll_s
+            progress.wake.clear()
