@@ -12,7 +12,7 @@ import zmq
 
 from kvpack import errors
 from kvpack.errors import KvpackError, TransportError
-from kvpack.transport.base import Gate
+from kvpack.transport.gate import Gate
 
 MAX_METADATA_BYTES = 16 * 2**20
 """Largest metadata that is sent or taken."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpack.errors import TransportError
-from kvpack.transport.base import Peer, Region, SlotTransport, Window, Write, lost
+from kvpack.transport.base import Region, Window, Write
+from kvpack.transport.slots import Peer, SlotTransport, lost
 
 _open_lock = threading.Lock()
 _open: weakref.WeakValueDictionary[str, LoopbackTransport] = weakref.WeakValueDictionary()

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from kvpack.errors import TransportError
-from kvpack.transport.base import Peer, Region, SlotTransport, Window, Write, lost
+from kvpack.transport.base import Region, Window, Write
+from kvpack.transport.slots import Peer, SlotTransport, lost
 
 _MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
 

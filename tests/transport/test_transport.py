@@ -13,7 +13,8 @@ import pytest
 
 from kvpack.errors import ClosedError, PeerLostError, TransportError
 from kvpack.transport import Region, Window
-from kvpack.transport.base import Gate, encode_metadata
+from kvpack.transport.gate import Gate
+from kvpack.transport.slots import encode_metadata
 
 POISON = 0xA5
 
