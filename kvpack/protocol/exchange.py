@@ -15,8 +15,8 @@ from kvpack.protocol.sender import Sender
 class Exchange:
     """One endpoint's half of the protocol with all of its peers.
 
-    The engine's calls and the chunks' completions go to `sender` and `receiver` directly; what comes
-    from peers and from the clock comes through here.
+    The engine's calls and the chunks' completions go to `sender` and `receiver` directly; what
+    peers and the clock bring comes through here.
 
     Parameters
     ----------

@@ -30,9 +30,10 @@ class SourceSpec:
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """Receive slots granted to one sender for one chunk."""
+    """Receive slots granted to one sender for one chunk of a part."""
 
     run: SlotRun
+    part: Part
     landed: bool = False
 
 
@@ -45,11 +46,17 @@ class Part:
     wire: Wire
     aux: bytes
     landed: list[tuple[int, int]] = field(default_factory=list)
+    landed_bytes: int = 0
+    open_slots: int = 0
 
     @property
     def least_bytes(self) -> int:
-        """Staging bytes that the smallest useful lease for it has."""
+        """Staging bytes that any lease for it must have."""
         return min(self.wire.piece_bytes, self.wire.total_bytes + WIRE_ALIGNMENT - 1)
+
+    def hungry_bytes(self, slot_bytes: int) -> int:
+        """Wire bytes to come that its open leases cannot hold, 0 or less if they can."""
+        return self.wire.total_bytes - self.landed_bytes - self.open_slots * slot_bytes
 
     def land(self, first: int, last: int) -> bool:
         """Take note of landed wire bytes; False, and no note, if they are outside or not new."""
@@ -69,6 +76,7 @@ class Part:
             return False
         low = index - (start != first)
         self.landed[low : index + (end != last)] = [(start, end)]
+        self.landed_bytes += last - first
         return True
 
 
@@ -85,7 +93,6 @@ class Source:
     leases: dict[int, Lease] = field(default_factory=dict)
     issued: int = 0
     wanted_bytes: int = 0
-    landed_bytes: int = 0
     scattered_bytes: int = 0
     doubted_since: float = 0.0
     retired: bool = False
@@ -94,11 +101,6 @@ class Source:
     def open_slots(self) -> int:
         """Slots of leases that nothing has landed in yet."""
         return sum(lease.run.slots for lease in self.leases.values() if not lease.landed)
-
-    @property
-    def least_bytes(self) -> int:
-        """Staging bytes that any lease for it must have."""
-        return max((part.least_bytes for part in self.parts.values()), default=0)
 
     @property
     def covered(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 from kvpack.protocol.actions import Action, Post, WireOf
 from kvpack.protocol.messages import MAX_REASON_CHARS, Message
 from kvpack.protocol.peers import Peers
-from kvpack.protocol.pool import SlotPool
+from kvpack.protocol.pool import PoolCounts, SlotPool
 
 SessionKey: TypeAlias = tuple[str, str, int]
 """Peer, request id, attempt."""
@@ -47,6 +47,11 @@ class Machine:
     def next_deadline(self) -> float:
         """When `tick` next has something to do, or earlier; infinite if never."""
         return self._soonest
+
+    @property
+    def slots(self) -> PoolCounts:
+        """How many staging slots are in each state."""
+        return self._pool.counts()
 
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []

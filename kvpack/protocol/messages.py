@@ -17,9 +17,9 @@ WANT, sender to receiver
     When: a part of the request (its overlap with one send) can be gathered, or has no bytes.
     Effect: the part joins what may be granted, and `aux` is kept. Again, late: dropped.
 GRANT, receiver to sender
-    When: the wanted bytes exceed what the session's open leases can hold. Effect: one chunk may be
-    written to the lease; grants are used in order of their `number`. Again: dropped. Late, when the
-    session is over: never used, answered by DRAINED.
+    When: a part has more bytes than have landed and its open leases can hold. Effect: one chunk of
+    that part may be written to the lease; grants are used in order of their `number`. Again:
+    dropped. Late, when the session is over: never used, answered by DRAINED.
 DATA, sender to receiver, riding on the write
     When: the write of a chunk has landed. Effect: checked against grant number, lease, generation,
     part and the bytes landed before, then scattered. Again, late: dropped, never scattered.
@@ -38,9 +38,10 @@ DRAINED, sender to receiver
     is in flight. Effect: leases in doubt with numbers up to `grants` return to the pool. Again,
     late: nothing is left to return. Early, having overtaken FAIL: the receive ends as by FAIL.
 
-Why no unused grant is left behind: the receiver grants only while the wanted bytes exceed the
-capacity of the open leases, a chunk lies within one lease, and grants are used in order. So there
-is at least one byte for each.
+Why no unused grant is left behind: a part is granted to only while it has more bytes to come than
+its open leases can hold, a chunk lies within one lease, and grants are used in order. So there is
+at least one byte for each. Why a grant names its part: WANTs overtake each other, and a chunk of a
+part that the receiver does not know yet could not be placed.
 
 Why DRAINED is proof although GRANTs may still be on their way: the sender's end of an attempt is
 final, and `grants` repeats the number that CANCEL named. No write under a grant of that number or
@@ -173,12 +174,14 @@ class Want(_Message, frozen=True, tag="WANT"):
 
 
 class Grant(_Message, frozen=True, tag="GRANT"):
-    """Receiver to sender: write one chunk here.
+    """Receiver to sender: write one chunk of a part here.
 
     Attributes
     ----------
     number : int
         1, 2, 3 ... within the session.
+    first, last : int
+        The part's positions.
     slot, slots : int
         The lease: so many adjacent receive slots from this one.
     generation : int
@@ -186,9 +189,14 @@ class Grant(_Message, frozen=True, tag="GRANT"):
     """
 
     number: Positive
+    first: Count
+    last: Count
     slot: Count
     slots: Positive
     generation: Count
+
+    def __post_init__(self) -> None:
+        _check_range("positions", self.first, self.last)
 
 
 class Data(_Message, frozen=True, tag="DATA"):

@@ -107,6 +107,13 @@ class Session:
     reason: str = ""
     owes_drained: bool = False
 
+    def part_of(self, grant: Grant) -> Part | None:
+        """Return the part that a grant is for, if it was wanted and is not cut up yet."""
+        for part in self.parts:
+            if (part.first, part.last) == (grant.first, grant.last):
+                return part if part.wanted and part.uncut_bytes else None
+        return None
+
     def has_all_of(self, send: Send) -> bool:
         """Tell whether all of its part of a send has been cut into chunks."""
         return all(not part.uncut_bytes for part in self.parts if part.send is send)

@@ -155,8 +155,7 @@ class Receiver(Machine):
             max_slots = min(self._chunk_slots, self._slots(peer.max_chunk_bytes))
             receive.sources[spec.peer] = Source(key, peer.name, receive, request, max_slots)
         self._receives[receive_id] = self._by_request[request_id] = receive
-        for key, source in receive.sources.items():
-            self._actions.append(Post(key, source.request))
+        self._actions += [Post(peer, s.request) for peer, s in receive.sources.items()]
         return self._settle()
 
     def destination_ready(self, receive_id: int) -> list[Action]:
@@ -290,14 +289,16 @@ class Receiver(Machine):
             return self._peers.drop(Drop.DUPLICATE)
         if (data.slot, data.generation) != (lease.run.slot, lease.run.generation):
             return self._peers.drop(Drop.WRONG_LEASE)
-        part = source.parts.get((data.first, data.last))
+        part = lease.part
         staging_bytes = data.wire_last - data.wire_first // WIRE_ALIGNMENT * WIRE_ALIGNMENT
-        if part is None or staging_bytes > lease.run.slots * self._slot_bytes:
-            return self._peers.drop(Drop.WRONG_RANGE)
-        if not part.land(data.wire_first, data.wire_last):
+        if (
+            (data.first, data.last) != (part.first, part.last)
+            or staging_bytes > lease.run.slots * self._slot_bytes
+            or not part.land(data.wire_first, data.wire_last)
+        ):
             return self._peers.drop(Drop.WRONG_RANGE)
         lease.landed = True
-        source.landed_bytes += data.wire_last - data.wire_first
+        part.open_slots -= lease.run.slots
         source.receive.scattering += 1
         chunk = IncomingChunk(
             self._next_chunk_id(),
@@ -343,15 +344,16 @@ class Receiver(Machine):
     def _grant(self, source: Source, share: int) -> bool:
         """Grant a source one more lease, if it can use one and may have it."""
         open_slots = source.open_slots
-        hungry_bytes = source.wanted_bytes - source.landed_bytes - open_slots * self._slot_bytes
-        if hungry_bytes <= 0:
+        hungry = (p for p in source.parts.values() if p.hungry_bytes(self._slot_bytes) > 0)
+        part = next(hungry, None)
+        if part is None:
             if not open_slots:
                 del self._turns[source.key]
             return False
-        least = self._slots(source.least_bytes)
+        least = self._slots(part.least_bytes)
         if least > self._pool.largest_possible():
-            return self._refuse(source)
-        need = self._slots(hungry_bytes + WIRE_ALIGNMENT - 1)
+            return self._refuse(source, part)
+        need = self._slots(part.hungry_bytes(self._slot_bytes) + WIRE_ALIGNMENT - 1)
         want = max(least, min(need, source.max_slots, share if need <= share else share // 2))
         if open_slots and open_slots + want > share:
             return False
@@ -359,21 +361,24 @@ class Receiver(Machine):
         if run is None:
             return False
         source.issued += 1
-        source.leases[source.issued] = Lease(run)
+        source.leases[source.issued] = Lease(run, part)
+        part.open_slots += run.slots
         self._post(
             Grant,
             source.key,
             number=source.issued,
+            first=part.first,
+            last=part.last,
             slot=run.slot,
             slots=run.slots,
             generation=run.generation,
         )
         return True
 
-    def _refuse(self, source: Source) -> bool:
+    def _refuse(self, source: Source, part: Part) -> bool:
         counts = self._pool.counts()
         reason = (
-            f"one piece from {source.name} takes {source.least_bytes} bytes of staging, the "
+            f"one piece from {source.name} takes {part.least_bytes} bytes of staging, the "
             f"longest run of receive slots {self._pool.largest_possible() * self._slot_bytes}, "
             f"{counts.retired} of {counts.capacity} slots being retired: open the endpoint with "
             "more staging"

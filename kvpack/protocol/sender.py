@@ -199,9 +199,9 @@ class Sender(Machine):
         self._now = now
         if now < self._soonest:
             return []
-        for send in list(self._sends.values()):
-            if send.deadline <= now:
-                self._end_send(send, Outcome.TIMED_OUT, send.waits_for())
+        overdue = [s for s in self._sends.values() if s.deadline <= now]
+        for send, waited in [(send, send.waits_for()) for send in overdue]:
+            self._end_send(send, Outcome.TIMED_OUT, waited)
         for session in list(self._sessions.values()):
             if session.outcome is None and session.deadline <= now:
                 waited = f"after {session.request.timeout_s} s" + (
@@ -276,6 +276,8 @@ class Sender(Machine):
             return self._refuse(key, grant.number)
         if grant.number < session.next_grant or grant.number in session.grants:
             return self._peers.drop(Drop.DUPLICATE)
+        if session.part_of(grant) is None:
+            return self._peers.drop(Drop.WRONG_RANGE)
         receive_slots = self._peers.get(key[0]).receive_slots
         if grant.slot + grant.slots > receive_slots or len(session.grants) >= receive_slots:
             return self._peers.drop(Drop.WRONG_LEASE)
@@ -358,7 +360,6 @@ class Sender(Machine):
             if not part.wanted and (part.send.ready or not part.wire.total_bytes):
                 part.wanted = True
                 self._post(Want, session.key, first=part.first, last=part.last, aux=part.send.aux)
-                self._turns.setdefault(session.key, session)
         uncovered = session.uncovered()
         if session.offer.final and uncovered:
             self._end_session(session, Outcome.FAILED, uncovered)
@@ -424,7 +425,7 @@ class Sender(Machine):
             cut = False
             for session in list(self._turns.values()):
                 grant = session.grants.get(session.next_grant)
-                part = next((p for p in session.parts if p.wanted and p.uncut_bytes), None)
+                part = session.part_of(grant) if grant is not None else None
                 if grant is None or part is None:
                     del self._turns[session.key]
                 elif self._cut(session, part, grant):
