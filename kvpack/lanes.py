@@ -246,14 +246,7 @@ def coalesce(axes: Iterable[PairAxis]) -> Form:
 def pair(
     source: CacheTensor, destination: CacheTensor, heads: tuple[int, int], unit_tokens: int
 ) -> Lane:
-    """The lane between two declarations of one cache tensor, over heads ``[start, stop)``.
-
-    Raises
-    ------
-    IncompatibleLayoutsError
-        If the two disagree on dtype, inner shape or number of heads.
-    """
-    check_compatible(source, destination)
+    """The lane over heads ``[start, stop)`` between two compatible declarations of a tensor."""
     start, stop = heads
     inner = _refine(source, destination)
     return Lane(
@@ -291,6 +284,7 @@ def check_compatible(source: CacheTensor, destination: CacheTensor) -> None:
                 f"{source.title}: the source declares {what} = {ours}, the destination {theirs}; "
                 "both sides must serve the same model with the same cache format"
             )
+    _refine(source, destination)
 
 
 def _side(tensor: CacheTensor, head: int) -> LaneSide:
@@ -311,8 +305,9 @@ def _refine(source: CacheTensor, destination: CacheTensor) -> list[PairAxis]:
         count = min(n, m)
         if n % count or m % count:
             raise IncompatibleLayoutsError(
-                f"{source.title}: inner axes {source.inner} of the source and "
-                f"{destination.inner} of the destination have no common subdivision"
+                f"{source.title}: inner axes {_sizes(source)} of the source and "
+                f"{_sizes(destination)} of the destination have no common subdivision; cut the "
+                "inner axes of one side at multiples of the other's"
             )
         out.append(PairAxis(count, s, d))
         if n > count:
@@ -320,6 +315,10 @@ def _refine(source: CacheTensor, destination: CacheTensor) -> list[PairAxis]:
         if m > count:
             theirs.append((m // count, d * count))
     return out[::-1]
+
+
+def _sizes(tensor: CacheTensor) -> tuple[int, ...]:
+    return tuple(count for count, _ in tensor.inner)
 
 
 def merge_lanes(lanes: Sequence[Lane], *, across_layers: bool) -> list[Lane]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvpack.blocks import Blocks, BlockTable, block_table
 from kvpack.columns import Row, Span
-from kvpack.errors import CoverageError, IncompatibleLayoutsError
+from kvpack.errors import CoverageError
 from kvpack.lanes import (
     MAX_LEVELS,
     Form,
@@ -320,16 +320,6 @@ def check_layouts(source: CacheLayout, destination: CacheLayout) -> None:
         other = theirs.get((tensor.layer, tensor.name))
         if other is not None:
             check_compatible(tensor, other)
-    shards = (source.context, destination.context)
-    if (
-        all(s.ranks > 1 for s in shards)
-        and shards[0].interleave % shards[1].interleave
-        and (shards[1].interleave % shards[0].interleave)
-    ):
-        raise IncompatibleLayoutsError(
-            f"context parallel interleaves {shards[0].interleave} and {shards[1].interleave} do "
-            "not divide each other"
-        )
 
 
 Piece = tuple[CacheTensor, CacheTensor, int, int]
