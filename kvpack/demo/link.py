@@ -85,7 +85,7 @@ class Link:
         """Send the request's cache to whichever connected peers ask, and wait for them all."""
         ready = None
         if self._device.type == "cuda":
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         handle = self._endpoint.send(
             _REQUEST_ID, blocks, 0, tokens, ready=ready, timeout_s=self._timeout_s, aux=aux

@@ -146,7 +146,7 @@ def _phases(report: DemoReport) -> Table:
 
 def _verdict(console: Console, good: bool, yes: str, no: str) -> None:
     mark, text = ("[green]✓[/]", yes) if good else ("[red]✗[/]", no)
-    console.print(f"{mark} {text}")
+    console.print(f"{mark} {text}", soft_wrap=True)
 
 
 def _first_difference(report: DemoReport) -> str:

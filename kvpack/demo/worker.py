@@ -6,8 +6,10 @@ is deterministic, and keeps its own heads.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -97,6 +99,7 @@ def run_worker(arguments: WorkerArguments) -> None:
     os.dup2(2, 1)
     # Ctrl-C reaches the whole process group; the parent ends its workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     parent = _Parent(arguments.control, arguments.config.timeout_s)
     try:
@@ -111,6 +114,14 @@ def run_worker(arguments: WorkerArguments) -> None:
             # The parent is gone, and with it everyone who could read this elsewhere.
             traceback.print_exc()
         raise SystemExit(1) from None
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, were it killed, whatever runs here meanwhile."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _prefill(arguments: WorkerArguments, parent: _Parent) -> None:

@@ -1,4 +1,4 @@
-"""The demo's model decodes from its cache alone as undisturbed, and from a wrong one it does not."""
+"""The demo's model decodes from its cache as if undisturbed, and from a wrong one differently."""
 
 from __future__ import annotations
 
