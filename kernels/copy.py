@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.columns import Row, Span
+from kvpack.columns import Span
 from kvpack.errors import BlockListError, OptionsError, StagingError
 from kvpack.kernels import launch, reference
 from kvpack.kernels.table import LaneTable, as_lane_table
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     StagingMemory: TypeAlias = npt.NDArray[np.uint8] | torch.Tensor
 
 Backend = Literal["triton", "numpy"]
+WIDTHS = (16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What spans ask of staging memory: bytes from its start, widest and narrowest access."""
+
+    staging_bytes: int
+    widest: int
+    narrowest: int
 
 
 def gather(
@@ -117,8 +128,13 @@ def choose_backend(backend: str | None, on_gpu: bool) -> Backend:
 
 def check_request(
     table: LaneTable, spans: npt.NDArray[np.int64], blocks: npt.NDArray[np.int32]
-) -> None:
+) -> Footprint:
     """Refuse spans that are not of this table, and block ids that do not reach.
+
+    Returns
+    -------
+    Footprint
+        What the spans ask of staging memory.
 
     Raises
     ------
@@ -136,24 +152,33 @@ def check_request(
             f"block ids must be a one-dimensional int32 array, not {type(blocks).__name__} of "
             f"{getattr(blocks, 'dtype', 'no dtype')}; use numpy.asarray(ids, numpy.int32)"
         )
-    if not len(spans):
-        return
-    last_rows = spans[:, Span.ROW] + 2 * (spans[:, Span.LANES] - 1)
-    if int(spans[:, Span.ROW].min()) < 0 or int(last_rows.max()) >= len(table.rows):
-        raise OptionsError(
-            f"spans name lane table row {last_rows.max()}, but the table has {len(table.rows)}; "
-            f"pass spans and table of one plan and side"
-        )
-    rows = table.rows[spans[:, Span.ROW]]
-    first = rows[:, Row.PHASE] + spans[:, Span.UNIT] * rows[:, Row.STEP] + spans[:, Span.TOKEN]
-    last = first + (spans[:, Span.UNITS] - 1) * rows[:, Row.STEP]
-    lowest = first // rows[:, Row.BLOCK_TOKENS] + spans[:, Span.BLOCKS]
-    highest = last // rows[:, Row.BLOCK_TOKENS] + spans[:, Span.BLOCKS]
-    if int(lowest.min()) < 0 or int(highest.max()) >= len(blocks):
-        raise BlockListError(
-            f"the spans need block ids {lowest.min()} to {highest.max()} of a list of "
-            f"{len(blocks)}; pass the ids of every block of the request's range"
-        )
+    end = 0
+    widest, narrowest = 1, 16
+    num_ids = len(blocks)
+    # Spans are few: plain integers are faster than arrays of them.
+    for row, lanes, unit, units, token, _, entry, offset, pitch, nbytes, width, _ in spans.tolist():
+        if not 0 <= row <= len(table.rows) - 2 * lanes + 1:
+            raise OptionsError(
+                f"a span of {lanes} lanes begins at lane table row {row}, but the table has "
+                f"{len(table.rows)}; pass spans and table of one plan and side"
+            )
+        block_tokens, phase, step = table.tokens[row]
+        first = phase + unit * step + token
+        lowest = first // block_tokens + entry
+        highest = (first + (units - 1) * step) // block_tokens + entry
+        if not 0 <= lowest <= highest < num_ids:
+            raise BlockListError(
+                f"a span needs block ids {lowest} to {highest} of a list of {num_ids}; pass the "
+                f"ids of every block that the request's range touches"
+            )
+        if width not in WIDTHS or offset < 0:
+            raise OptionsError(
+                f"a span has width {width} and staging offset {offset}; pass plan.spans(...)"
+            )
+        end = max(end, offset + (lanes - 1) * pitch + units * nbytes)
+        widest = max(widest, width)
+        narrowest = min(narrowest, width)
+    return Footprint(end, widest, narrowest)
 
 
 def _copy(
@@ -170,19 +195,20 @@ def _copy(
     if max_ctas is not None and max_ctas < 1:
         raise OptionsError(f"max_ctas is {max_ctas}, below 1; leave it out for no cap")
     table = as_lane_table(table)
-    check_request(table, spans, blocks)
-    address, on_gpu = _check_staging(table, spans, staging, writable=not scatter)
+    footprint = check_request(table, spans, blocks)
+    address, on_gpu = _check_staging(table, footprint, staging, writable=not scatter)
     if choose_backend(backend, on_gpu) == "triton":
-        launch.launch_copy(
-            table, spans, blocks, address, scatter=scatter, stream=stream, max_ctas=max_ctas
+        specialization = launch.copy_specialization(
+            scatter, footprint.narrowest == 16, max_ctas is not None
         )
+        launch.launch_copy(specialization, table, spans, blocks, address, stream, max_ctas)
     else:
         twin = reference.scatter if scatter else reference.gather
         twin(table.rows, spans, blocks, address)
 
 
 def _check_staging(
-    table: LaneTable, spans: npt.NDArray[np.int64], staging: StagingMemory, *, writable: bool
+    table: LaneTable, footprint: Footprint, staging: StagingMemory, *, writable: bool
 ) -> tuple[int, bool]:
     """Address of checked staging memory, and whether it is on a GPU."""
     if isinstance(staging, np.ndarray):
@@ -203,18 +229,14 @@ def _check_staging(
             f"staging is on {where} but the lane table is {table!r}; make the table with "
             f"LaneTable(rows, {where!r})"
         )
-    if len(spans):
-        ends = spans[:, Span.OFFSET] + (spans[:, Span.LANES] - 1) * spans[:, Span.LANE_PITCH]
-        needed = int((ends + spans[:, Span.UNITS] * spans[:, Span.UNIT_BYTES]).max())
-        if needed > nbytes or int(spans[:, Span.OFFSET].min()) < 0:
-            raise StagingError(
-                f"the spans need {needed} bytes of staging and {nbytes} were given; cut a smaller "
-                f"chunk or pass more"
-            )
-        width = int(spans[:, Span.WIDTH].max())
-        if address % width:
-            raise StagingError(
-                f"staging at address {address:#x} is not a multiple of the spans' {width}-byte "
-                f"access; begin chunks at multiples of 256 bytes"
-            )
+    if footprint.staging_bytes > nbytes:
+        raise StagingError(
+            f"the spans need {footprint.staging_bytes} bytes of staging and {nbytes} were given; "
+            f"cut a smaller chunk or pass more"
+        )
+    if address % footprint.widest:
+        raise StagingError(
+            f"staging at address {address:#x} is not a multiple of the spans' "
+            f"{footprint.widest}-byte access; begin chunks at multiples of 256 bytes"
+        )
     return address, on_gpu

@@ -11,7 +11,7 @@ import os
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,10 +66,16 @@ class Specialization:
     """Compile-time values of one compiled kernel; :func:`specializations` lists all there are."""
 
     kernel: str
-    constants: tuple[tuple[str, int | bool], ...]
+    constants: dict[str, int]
     num_warps: int
 
+    @cached_property
+    def launch_arguments(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**self.constants, "num_warps": self.num_warps}
 
+
+@cache
 def copy_specialization(scatter: bool, only_16: bool, capped: bool) -> Specialization:
     """Specialisation that a copy runs.
 
@@ -83,13 +89,13 @@ def copy_specialization(scatter: bool, only_16: bool, capped: bool) -> Specializ
         Under ``max_ctas``.
     """
     tiling = CAPPED_TILING if capped else FREE_TILING
-    constants = (("SCATTER", scatter), ("ONLY_16", only_16), ("BLOCK", tiling.block_words))
+    constants = {"SCATTER": scatter, "ONLY_16": only_16, "BLOCK": tiling.block_words}
     return Specialization("copy", constants, tiling.num_warps)
 
 
 def expand_specialization(columns: int) -> Specialization:
     """Specialisation that expands into rows of 2 or 3 columns."""
-    return Specialization("expand", (("COLUMNS", columns), ("BLOCK", EXPAND_RUNS)), _EXPAND_WARPS)
+    return Specialization("expand", {"COLUMNS": columns, "BLOCK": EXPAND_RUNS}, _EXPAND_WARPS)
 
 
 def specializations() -> tuple[Specialization, ...]:
@@ -186,9 +192,9 @@ class Launcher:
         stream: torch.cuda.Stream | None,
     ) -> None:
         kernel = self._kernels[specialization.kernel][(grid,)]
-        constants = dict(specialization.constants)
+        arguments = specialization.launch_arguments
         if slot.over is None:
-            kernel(slot.device, **constants, num_warps=specialization.num_warps)
+            kernel(slot.device, **arguments)
             return
         import torch
 
@@ -196,7 +202,7 @@ class Launcher:
             stream = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(stream):
             slot.device[:num_words].copy_(slot.host[:num_words], non_blocking=True)
-            kernel(slot.device, **constants, num_warps=specialization.num_warps)
+            kernel(slot.device, **arguments)
             slot.over.record(stream)
 
     def _take(self, num_words: int) -> _Slot:
@@ -229,12 +235,11 @@ def launcher(device: torch.device) -> Launcher:
 
 
 def launch_copy(
+    specialization: Specialization,
     table: LaneTable,
     spans: npt.NDArray[np.int64],
     blocks: npt.NDArray[np.int32],
     staging: int,
-    *,
-    scatter: bool,
     stream: torch.cuda.Stream | None,
     max_ctas: int | None,
 ) -> None:
@@ -242,19 +247,16 @@ def launch_copy(
 
     Parameters
     ----------
+    specialization : Specialization
+        From :func:`copy_specialization`.
     table, spans, blocks, stream, max_ctas
         As for :func:`kvpack.kernels.gather`.
     staging : int
         Address of the chunk's first byte.
-    scatter : bool
-        Staging to cache; otherwise cache to staging.
     """
-    widths = spans[:, Span.WIDTH]
-    only_16 = bool((widths == 16).all())
-    specialization = copy_specialization(scatter, only_16, max_ctas is not None)
-    tile_bytes = widths * dict(specialization.constants)["BLOCK"]
-    lane_bytes = spans[:, Span.UNITS] * spans[:, Span.UNIT_BYTES]
-    last_tiles = np.cumsum(spans[:, Span.LANES] * (-(-lane_bytes // tile_bytes)))
+    _, lanes, _, units, _, _, _, _, _, unit_bytes, widths, _ = spans.T
+    tile_bytes = widths * specialization.constants["BLOCK"]
+    last_tiles = np.add.accumulate(lanes * -(-(units * unit_bytes) // tile_bytes))
     num_tiles = int(last_tiles[-1]) if len(spans) else 0
     if num_tiles == 0:
         return

@@ -168,7 +168,7 @@ def _lanes(
                 lowest = int(offsets[held].min())
                 highest = int(offsets[held].max())
                 run_bytes = int(row[Row.RUN_BYTES])
-                element_bytes = _element_bytes(row)
+                element_bytes = _element_bytes(row, items)
                 within = np.arange(0, run_bytes, element_bytes)
                 indices = ((offsets - lowest)[..., None] + within) // element_bytes
                 indices = indices.reshape(len(held), -1)
@@ -183,12 +183,11 @@ def _lanes(
             )
 
 
-def _element_bytes(row: npt.NDArray[np.int64]) -> int:
+def _element_bytes(row: npt.NDArray[np.int64], items: _Items) -> int:
     """Longest element that divides a lane's run and every distance between runs."""
+    token_step = np.gcd.reduce(items.tokens - items.tokens[0]) * row[Row.TOKEN_STRIDE]
     strides = [row[stride] for count, stride in _LEVELS if row[count] > 1]
-    return gcd(
-        *map(int, [row[Row.RUN_BYTES], row[Row.BLOCK_STRIDE], row[Row.TOKEN_STRIDE], *strides])
-    )
+    return gcd(*map(int, (row[Row.RUN_BYTES], row[Row.BLOCK_STRIDE], token_step, *strides)))
 
 
 class _Memory:

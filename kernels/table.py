@@ -42,6 +42,8 @@ class LaneTable:
     ----------
     rows : ndarray of int64, shape (rows, len(Row))
         The table on the host; not writable.
+    tokens : list of (int, int, int)
+        BLOCK_TOKENS, PHASE and STEP of each row.
 
     Raises
     ------
@@ -66,6 +68,8 @@ class LaneTable:
         self.rows: npt.NDArray[np.int64] = np.ascontiguousarray(host).view()
         self.rows.flags.writeable = False
         _check_rows(self.rows)
+        columns = self.rows[:, [Row.BLOCK_TOKENS, Row.PHASE, Row.STEP]]
+        self.tokens: list[tuple[int, int, int]] = list(map(tuple, columns.tolist()))
         self._resident = None if device is None else _resident(self.rows, device)
 
     @property

@@ -57,7 +57,7 @@ def compiled(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("cubins")
 
     def compile_one(specialization: Specialization) -> Compiled:
-        constants = dict(specialization.constants)
+        constants = specialization.constants
         source = ASTSource(
             getattr(programs, specialization.kernel),
             {"upload": "*i64", **dict.fromkeys(constants, "constexpr")},
