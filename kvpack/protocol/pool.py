@@ -69,6 +69,7 @@ class SlotPool:
         self._free: list[tuple[int, int]] = [(0, slots)] if slots else []
         self._runs: dict[int, tuple[SlotRun, SlotState]] = {}
         self._generation = 0
+        self._owned = self._in_doubt = self._retired = 0
         self._reserved_for: Hashable | None = None
         self._window = (0, 0)
 
@@ -79,15 +80,12 @@ class SlotPool:
 
     def counts(self) -> PoolCounts:
         """How many slots are in each state now."""
-        slots = dict.fromkeys(SlotState, 0)
-        for run, state in self._runs.values():
-            slots[state] += run.slots
         return PoolCounts(
             capacity=self._capacity,
-            free=self._capacity - sum(slots.values()),
-            owned=slots[SlotState.OWNED],
-            in_doubt=slots[SlotState.IN_DOUBT],
-            retired=slots[SlotState.RETIRED],
+            free=self._capacity - self._owned - self._in_doubt - self._retired,
+            owned=self._owned,
+            in_doubt=self._in_doubt,
+            retired=self._retired,
         )
 
     def largest_free(self) -> int:
@@ -96,6 +94,8 @@ class SlotPool:
 
     def largest_possible(self) -> int:
         """Length of the longest run there could be if every slot that is not retired came back."""
+        if not self._retired:
+            return self._capacity
         return max((end - start for start, end in self._spans(SlotState.RETIRED)), default=0)
 
     def take(self, want: int, least: int, owner: Hashable) -> SlotRun | None:
@@ -130,7 +130,7 @@ class SlotPool:
 
     def free(self, run: SlotRun) -> None:
         """Bring a run back: its owner is finished with it, or the doubt is dispelled."""
-        self._held(run)
+        self._count(run, -run.slots)
         del self._runs[run.slot]
         start, end = run.slot, run.slot + run.slots
         index = bisect_left(self._free, (start, end))
@@ -143,15 +143,13 @@ class SlotPool:
 
     def doubt(self, run: SlotRun) -> None:
         """Mark a run as one that a late write may still hit."""
-        self._held(run)
-        self._runs[run.slot] = (run, SlotState.IN_DOUBT)
+        self._move(run, SlotState.IN_DOUBT)
         if run.slot < self._window[1] and self._window[0] < run.slot + run.slots:
             self._reserved_for = None  # who waits for this window might wait for ever
 
     def retire(self, run: SlotRun) -> None:
         """Mark a run in doubt as lost, until proof comes after all."""
-        self._held(run)
-        self._runs[run.slot] = (run, SlotState.RETIRED)
+        self._move(run, SlotState.RETIRED)
 
     def forget(self, owner: Hashable) -> None:
         """Drop the reservation of an owner that needs it no longer."""
@@ -166,14 +164,28 @@ class SlotPool:
             assert start == position < end, f"slots [{position}, {start}) have no owner or two"
             position = end
         assert position == self._capacity, f"slots end at {position} of {self._capacity}"
+        free = sum(end - start for start, end in self._free)
+        assert free == self.counts().free, f"{free} slots are free, {self.counts()} counted"
         starts = {start for start, _ in self._free}
         assert not any(end in starts for _, end in self._free), "free runs are not merged"
         assert self._free == sorted(self._free), "free runs are not in order"
 
-    def _held(self, run: SlotRun) -> None:
-        held = self._runs.get(run.slot)
-        if held is None or held[0] != run:
+    def _move(self, run: SlotRun, state: SlotState) -> None:
+        self._count(run, -run.slots)
+        self._runs[run.slot] = (run, state)
+        self._count(run, run.slots)
+
+    def _count(self, run: SlotRun, slots: int) -> None:
+        """Add to the count of the state that a run is in."""
+        held, state = self._runs.get(run.slot, (None, None))
+        if held != run:
             raise StagingError(f"{run} is not held; a run is freed once, by its owner")
+        if state is SlotState.OWNED:
+            self._owned += slots
+        elif state is SlotState.IN_DOUBT:
+            self._in_doubt += slots
+        else:
+            self._retired += slots
 
     def _own(self, start: int, slots: int) -> SlotRun:
         index = bisect_left(self._free, (start + 1, 0)) - 1
@@ -183,6 +195,7 @@ class SlotPool:
         self._generation += 1
         run = SlotRun(start, slots, self._generation)
         self._runs[start] = (run, SlotState.OWNED)
+        self._owned += slots
         return run
 
     def _reserve(self, slots: int, owner: Hashable) -> None:

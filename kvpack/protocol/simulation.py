@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from kvpack.errors import StagingError
@@ -153,19 +154,17 @@ class _Simulation:
             cluster.cut(node, other)
             again = cluster.happens(0.5)
             for one, two in ((node, other), (other, node)):
-                cluster.after(cluster.delay(), one, lambda a=one, b=two: cluster.disconnect(a, b))
+                cluster.after(cluster.delay(), one, partial(cluster.disconnect, one, two))
                 if again:
-                    cluster.after(
-                        20 + cluster.delay(), one, lambda a=one, b=two: cluster.connect(a, b)
-                    )
+                    cluster.after(20 + cluster.delay(), one, partial(cluster.connect, one, two))
 
         def crash() -> None:
             node.alive, node.died = False, cluster.now
             for other in others:
                 if cluster.happens(0.5):
-                    lost = cluster.delay()
-                    cluster.after(lost, other, lambda a=other: cluster.disconnect(a, node))
-                cluster.after(2 * EXIT_S, other, lambda a=other: cluster.bury(a, node))
+                    lost = partial(cluster.disconnect, other, node)
+                    cluster.after(cluster.delay(), other, lost)
+                cluster.after(2 * EXIT_S, other, partial(cluster.bury, other, node))
             if cluster.happens(0.5):
                 cluster.after(cluster.delay(), None, restart)
 
@@ -221,7 +220,9 @@ class _Simulation:
 
         def publish() -> None:
             first, last = positions
-            node.sends[send_id] = Transfer(first, last, retry, plan.cut_bytes)
+            node.sends[send_id] = Transfer(
+                plan.request_id, first, last, plan.receivers, plan.cut_bytes, retry
+            )
             timeout_s = rng.uniform(*cluster.chaos.timeouts_s)
             actions = sender.publish(
                 send_id,
@@ -292,7 +293,9 @@ class _Simulation:
                 )
             except StagingError:
                 return  # all slots are retired
-            node.receives[receive_id] = Transfer(first, last, retry, plan.cut_bytes, sources)
+            node.receives[receive_id] = Transfer(
+                plan.request_id, first, last, plan.receivers, plan.cut_bytes, retry, sources
+            )
             cluster.act(node, actions)
             cluster.after(rng.uniform(0, 5), node, ready)
             if cluster.happens(cluster.chaos.cancel):
