@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +104,7 @@ def block_table(
     return BlockTable(first, last, np.concatenate(parts), tuple(offsets))
 
 
-def _lists(layout: CacheLayout, blocks: Blocks) -> list[npt.NDArray[np.int64]]:
+def _lists(layout: CacheLayout, blocks: Blocks) -> list[npt.NDArray[Any]]:
     groups = len(layout.groups)
     try:
         if groups == 1:
@@ -128,13 +128,13 @@ def _lists(layout: CacheLayout, blocks: Blocks) -> list[npt.NDArray[np.int64]]:
                 f"block list of layer group {group} has shape {values.shape} and dtype "
                 f"{values.dtype}; it must be a one-dimensional list of integers"
             )
-    return [values.astype(np.int64) for values in lists]
+    return lists
 
 
 def _check_list(
     layout: CacheLayout,
     group: int,
-    values: npt.NDArray[np.int64],
+    values: npt.NDArray[Any],
     touched: tuple[int, int],
     positions: tuple[int, int],
     role: Role,

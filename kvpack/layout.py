@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -232,7 +233,7 @@ class LayerGroup(msgspec.Struct, frozen=True, array_like=True):
     num_blocks: int
 
 
-class CacheLayout(msgspec.Struct, frozen=True):
+class CacheLayout(msgspec.Struct, frozen=True, dict=True):
     """All cache tensors of one rank: everything that a peer must know to plan against it.
 
     Attributes
@@ -297,7 +298,7 @@ class CacheLayout(msgspec.Struct, frozen=True):
         """The device that all cache tensors lie on."""
         return self.tensors[0].device
 
-    @property
+    @cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layer groups, in the order of a request's block lists."""
         return tuple(
