@@ -146,27 +146,17 @@ def _pick(candidates: Candidates, salt: str) -> str:
 
 def _slices(held: list[Holding]) -> Selection:
     """Few slices for many holdings: neighbouring heads joined, then neighbouring layers."""
-    heads: list[list[int | str]] = []
+    heads: list[Holding] = []
     for layer, name, start, stop in sorted(held, key=lambda h: (h[1], h[0], h[2])):
-        last = heads[-1] if heads else None
-        if last is not None and last[:2] == [layer, name] and last[3] == start:
-            last[3] = stop
-        elif last is None or last != [layer, name, start, stop]:
-            heads.append([layer, name, start, stop])
+        if heads and heads[-1][:2] == (layer, name) and heads[-1][3] == start:
+            heads[-1] = (layer, name, heads[-1][2], stop)
+        else:
+            heads.append((layer, name, start, stop))
     out: list[Slice] = []
     for layer, name, start, stop in sorted(heads, key=lambda h: (h[1], h[2], h[3], h[0])):
-        assert isinstance(layer, int)
-        assert isinstance(name, str)
-        assert isinstance(start, int)
-        assert isinstance(stop, int)
-        last_slice = out[-1] if out else None
-        if (
-            last_slice is not None
-            and (last_slice.name, last_slice.first_head, last_slice.last_head)
-            == (name, start, stop)
-            and last_slice.last_layer == layer
-        ):
-            out[-1] = last_slice._replace(last_layer=layer + 1)
+        last = out[-1] if out else None
+        if last is not None and last == (name, last.first_layer, layer, start, stop):
+            out[-1] = last._replace(last_layer=layer + 1)
         else:
             out.append(Slice(name, layer, layer + 1, start, stop))
     return tuple(out)

@@ -111,7 +111,7 @@ def _disjoint(
 def _rows(axes: Axes, item_bytes: int) -> tuple[npt.NDArray[np.int64], int]:
     """Offsets of the contiguous rows that the axes span, and the bytes of one row."""
     row = item_bytes
-    outer = []
+    outer: list[tuple[int, int]] = []
     for _, count, stride in sorted((a for a in axes if a[1] > 1), key=lambda a: a[2]):
         if stride == row and not outer:
             row *= count

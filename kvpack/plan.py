@@ -190,18 +190,13 @@ class TransferPlan:
         """As ``fragments``, from block tables that may cover more than ``[first, last)``."""
         wire = self.wire(first, last)
         parts: list[tuple[npt.NDArray[np.int64], ...]] = []
-        spans = {
-            side: wire.spans(side, 0, wire.total_bytes, table.offsets)
-            for side, table in (("source", source), ("destination", destination))
-        }
-        for ours, theirs in zip(spans["source"], spans["destination"], strict=True):
-            held, to = (
-                _run_addresses(self.table(side), span, table.ids)
-                for side, span, table in (
-                    ("source", ours, source),
-                    ("destination", theirs, destination),
-                )
-            )
+        spans = (
+            wire.spans("source", 0, wire.total_bytes, source.offsets),
+            wire.spans("destination", 0, wire.total_bytes, destination.offsets),
+        )
+        for ours, theirs in zip(*spans, strict=True):
+            held = _run_addresses(self.table("source"), ours, source.ids)
+            to = _run_addresses(self.table("destination"), theirs, destination.ids)
             run_bytes = self.table("source")[ours[Span.ROW], Row.RUN_BYTES]
             skip = to < 0
             if skip.any():
@@ -452,7 +447,7 @@ def _run_addresses(
         if row[count] > 1:
             steps = np.multiply.outer(rows[:, stride], np.arange(row[count]))
             inner = (inner[:, :, None] + steps[:, None, :]).reshape(len(rows), -1)
-    out = (units[:, :, None] + inner[:, None, :]).reshape(-1)
+    out: npt.NDArray[np.int64] = (units[:, :, None] + inner[:, None, :]).reshape(-1)
     if (blocks < 0).any():
         held = np.broadcast_to(blocks[None, :, None] >= 0, (*units.shape, inner.shape[1]))
         out[~held.reshape(-1)] = -1

@@ -148,13 +148,15 @@ def verify_fragments(
     layouts = [destination.layout, *(sources[source].layout for source, _ in parts)]
     lengths = [int(n) for _, found in parts for n in np.unique(found.nbytes)]
     atom = gcd(*lengths, *(_row_bytes(t) for layout in layouts for t in layout.tensors))
-    address, identity = _atoms(destination, request, "destination", atom)
+    keys = sorted({(t.layer, t.name) for layout in layouts for t in layout.tensors})
+    numbers = {key: number for number, key in enumerate(keys)}
+    address, identity = _atoms(destination, request, "destination", atom, numbers)
     order = np.argsort(address, kind="stable")
     address, identity = address[order], identity[order]
     written, origin = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for source, found in parts:
         written.append(_spread(found.destination, found.nbytes, atom))
-        known, what = _atoms(sources[source], request, "source", atom)
+        known, what = _atoms(sources[source], request, "source", atom, numbers)
         order = np.argsort(known, kind="stable")
         known, what = known[order], what[order]
         read = _spread(found.source, found.nbytes, atom)
@@ -203,8 +205,13 @@ def _row_bytes(tensor: CacheTensor) -> int:
     return _inner(tensor)[1]
 
 
-def _atoms(party: Party, request: Request, role: Role, atom: int) -> tuple[Int64s, Int64s]:
-    """Address and logical identity of every atom of the request that a party holds."""
+def _atoms(
+    party: Party, request: Request, role: Role, atom: int, numbers: Mapping[tuple[int, str], int]
+) -> tuple[Int64s, Int64s]:
+    """Address and logical identity of every atom of the request that a party holds.
+
+    ``numbers`` numbers each (layer, name) alike on both sides.
+    """
     table = _table(party, request, role)
     layout, first, last = party.layout, request.first, request.last
     position = np.arange(first, last, dtype=np.int64)
@@ -226,8 +233,7 @@ def _atoms(party: Party, request: Request, role: Role, atom: int) -> tuple[Int64
         head = np.arange(tensor.heads.count) * tensor.head_stride
         address = token[:, None, None] + head[:, None] + inner
         addresses.append(address.reshape(-1))
-        # Layers and names are few; a stable number for each keeps identities within int64.
-        number = _stable_number(tensor)
+        number = numbers[tensor.layer, tensor.name]
         identity = (
             (number * (last - first) + (position[there] - first)[:, None, None])
             * tensor.heads.total
@@ -235,11 +241,6 @@ def _atoms(party: Party, request: Request, role: Role, atom: int) -> tuple[Int64
         ) * len(inner) + np.arange(len(inner))
         identities.append(identity.reshape(-1))
     return np.concatenate(addresses), np.concatenate(identities)
-
-
-def _stable_number(tensor: CacheTensor) -> int:
-    """A number of (layer, name) that both sides compute alike."""
-    return tensor.layer * 65521 + sum(ord(c) * 31**i for i, c in enumerate(tensor.name)) % 65521
 
 
 def _spread(start: Int64s, nbytes: Int64s, atom: int) -> Int64s:
