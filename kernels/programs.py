@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 from kvpack.columns import Row, Span
-from kvpack.kernels.launch import HEADER_WORDS
-from kvpack.kernels.table import DEVICE_COLUMNS, DIVISORS
+from kvpack.kernels.table import DEVICE_COLUMNS, DIVISORS, HEADER_WORDS
 
 _BASE = tl.constexpr(int(Row.BASE))
 _BLOCK_STRIDE = tl.constexpr(int(Row.BLOCK_STRIDE))
@@ -271,26 +270,28 @@ def _expand_name(specialization) -> str:
 
 @triton.jit(repr=_expand_name)
 def expand(upload, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write address and bytes of every run of a launch; one program a tile of BLOCK runs."""
+    """Write address and bytes of every run of a launch, tile of BLOCK runs after tile."""
     num_spans = tl.load(upload).to(tl.int32)
+    num_tiles = tl.load(upload + 1).to(tl.int32)
     spans = upload + _HEADER_WORDS + num_spans
     ids = (spans + num_spans * _SPAN_COLUMNS).to(tl.pointer_type(tl.int32), bitcast=True)
-    index = _find_span(upload, tl.program_id(0), num_spans)
-    span = spans + index * _SPAN_COLUMNS
-    row = tl.load(span + _ROW).to(tl.pointer_type(tl.int64))
-    run_bytes = tl.load(row + _RUN_BYTES)
+    # A launch without tiles, as a warm-up is, must read no span: there is none.
+    for launch_tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        index = _find_span(upload, launch_tile, num_spans)
+        span = spans + index * _SPAN_COLUMNS
+        row = tl.load(span + _ROW).to(tl.pointer_type(tl.int64))
+        run_bytes = tl.load(row + _RUN_BYTES)
 
-    tile = tl.program_id(0) - tl.load(upload + _HEADER_WORDS + index)
-    first_run = tile * BLOCK
-    lane_bytes = tl.load(span + _UNITS) * tl.load(span + _UNIT_BYTES)
-    num_runs = _divide_long(lane_bytes, row + _BY_RUN_BYTES) - first_run
-    run, token, step, ids = _locate(row, span, ids, first_run)
-    runs = tl.arange(0, BLOCK)
-    wanted = runs < num_runs
-    address, held = _run_addresses(row, ids, run + runs, token, step, wanted)
+        first_run = (launch_tile - tl.load(upload + _HEADER_WORDS + index)) * BLOCK
+        lane_bytes = tl.load(span + _UNITS) * tl.load(span + _UNIT_BYTES)
+        num_runs = _divide_long(lane_bytes, row + _BY_RUN_BYTES) - first_run
+        run, token, step, own_ids = _locate(row, span, ids, first_run)
+        runs = tl.arange(0, BLOCK)
+        wanted = runs < num_runs
+        address, held = _run_addresses(row, own_ids, run + runs, token, step, wanted)
 
-    out = tl.load(span + _OFFSET).to(tl.pointer_type(tl.int64)) + (first_run + runs) * COLUMNS
-    tl.store(out, tl.where(held, address, 0), mask=wanted)
-    tl.store(out + 1, tl.where(held, run_bytes, 0), mask=wanted)
-    if COLUMNS == 3:
-        tl.store(out + 2, tl.load(span + _LANE_PITCH), mask=wanted)
+        out = tl.load(span + _OFFSET).to(tl.pointer_type(tl.int64)) + (first_run + runs) * COLUMNS
+        tl.store(out, tl.where(held, address, 0), mask=wanted)
+        tl.store(out + 1, tl.where(held, run_bytes, 0), mask=wanted)
+        if COLUMNS == 3:
+            tl.store(out + 2, tl.load(span + _LANE_PITCH), mask=wanted)

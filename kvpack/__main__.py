@@ -1,0 +1,6 @@
+"""``python -m kvpack``: the command line."""
+
+from kvpack.cli import main
+
+if __name__ == "__main__":
+    main()
