@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvpack.columns import Span
 from kvpack.errors import BlockListError, OptionsError, StagingError
 from kvpack.kernels import launch, reference
+from kvpack.kernels.specializations import copy_specialization
 from kvpack.kernels.table import LaneTable, as_lane_table
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _copy(
     footprint = check_request(table, spans, blocks)
     address, on_gpu = _check_staging(table, footprint, staging, writable=not scatter)
     if choose_backend(backend, on_gpu) == "triton":
-        specialization = launch.copy_specialization(
+        specialization = copy_specialization(
             scatter, footprint.narrowest == 16, max_ctas is not None
         )
         launch.launch_copy(specialization, table, spans, blocks, address, stream, max_ctas)

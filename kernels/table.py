@@ -21,6 +21,9 @@ DIVISORS = ("RUN_BYTES", "RUNS", "COUNT2", "COUNT1", "BLOCK_TOKENS")
 DEVICE_COLUMNS = len(Row) + 2 * len(DIVISORS)
 """Columns of a row on the device: ``Row``, then a multiplier and a shift for each divisor."""
 
+HEADER_WORDS = 2
+"""int64 words at the start of an upload: number of spans, number of tiles."""
+
 MAX_TILE_BYTES = 1 << 17
 """No kernel tile is larger, so offsets within one fit in 32 bits whatever the lane's size."""
 

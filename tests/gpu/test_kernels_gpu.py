@@ -20,7 +20,7 @@ from support.kernel_cases import (
 
 from kvpack.errors import OptionsError, StagingError
 from kvpack.kernels import LaneTable, expand, gather, scatter, warmup
-from kvpack.kernels.launch import specializations
+from kvpack.kernels.specializations import specializations
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
