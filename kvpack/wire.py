@@ -133,14 +133,12 @@ class Wire:
             return self.total_bytes
         i = bisect_right([s.start for s in self._stretches], limit) - 1
         stretch = self._stretches[i]
-        if limit >= stretch.stop:
-            return stretch.stop
         token_bytes = stretch.lane_class.token_bytes
         lane, token = divmod((limit - stretch.start) // token_bytes, stretch.tokens)
         unit_tokens = stretch.lane_class.residue.unit_tokens
         whole = (stretch.first_token + token) // unit_tokens * unit_tokens - stretch.first_token
         for tokens in (max(whole, 0), token):
-            end = stretch.start + (lane * stretch.tokens + tokens) * token_bytes
+            end = min(stretch.start + (lane * stretch.tokens + tokens) * token_bytes, stretch.stop)
             if end > start:
                 return end
         raise StagingError(
