@@ -21,6 +21,7 @@ Side = Literal["source", "destination"]
 
 MAX_LEVELS = 3
 MAX_WIDTH = 16
+MAX_RESIDUES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,21 @@ def residues(
         Positions held by either side.
     source_tokens, destination_tokens : int
         Tokens a block on either side.
+
+    Raises
+    ------
+    IncompatibleLayoutsError
+        If there would be more than ``MAX_RESIDUES`` of them.
     """
     split = [shard for shard in (source, destination) if shard.ranks > 1]
     unit = gcd(source_tokens, destination_tokens, *(shard.interleave for shard in split))
     period = lcm(unit, *(shard.interleave * shard.ranks for shard in split))
+    if period // unit > MAX_RESIDUES:
+        raise IncompatibleLayoutsError(
+            f"context parallelism of {source} and {destination} with blocks of {source_tokens} and "
+            f"{destination_tokens} tokens repeats after {period // unit} stretches of positions, "
+            f"more than {MAX_RESIDUES}; choose smaller interleaves, or such as divide each other"
+        )
     return tuple(
         Residue(
             unit,

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvpack.dims import ADDRESSING_AXES, Axis, logical_axes
 from kvpack.errors import LayoutError
-from kvpack.overlap import check_disjoint, check_self_disjoint
+from kvpack.overlap import check_disjoint, check_self_disjoint, extent
 
 _ITEM_BYTES = {
     "float64": 8, "int64": 8, "uint64": 8,
@@ -29,6 +29,8 @@ _ITEM_BYTES = {
     "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1,
     "float8_e8m0fnu": 1,
 }  # fmt: skip
+
+_MAX_ADDRESS = (1 << 63) - 1
 
 
 class Shard(msgspec.Struct, frozen=True, array_like=True):
@@ -198,6 +200,11 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
                 f"{self.title}: no axis of unit stride inside a block; kvpack moves runs of bytes, "
                 "so one of token, head and inner axes must be contiguous"
             )
+        if self.address + extent(self.axes, self.item_bytes) > _MAX_ADDRESS:
+            raise LayoutError(
+                f"{self.title}: sizes and strides {self.axes} reach beyond byte {_MAX_ADDRESS} of "
+                "memory; declare the tensor's own"
+            )
         check_self_disjoint(self.title, self.axes, self.item_bytes)
 
     @property
@@ -329,7 +336,7 @@ class CacheLayout(msgspec.Struct, frozen=True, dict=True):
         """
         try:
             return msgspec.msgpack.decode(data, type=CacheLayout)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise LayoutError(f"{len(data)} bytes are not a cache layout: {error}") from error
 
 

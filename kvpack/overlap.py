@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
-import numpy.typing as npt
 
 from kvpack.errors import LayoutError
 
@@ -13,7 +13,7 @@ Axes = Sequence[tuple[str, int, int]]
 Footprint = tuple[str, int, Axes, int]
 """(title, byte address, axes as (name, count, stride in bytes), bytes of one element)"""
 
-_MAX_ROWS = 1 << 25
+_MAX_ROWS = 1 << 22
 
 
 def check_self_disjoint(title: str, axes: Axes, item_bytes: int) -> None:
@@ -44,7 +44,7 @@ def check_disjoint(group: int, footprints: Sequence[Footprint]) -> None:
     """
     spans = sorted(
         (
-            (address, address + _extent(axes, item_bytes), i)
+            (address, address + extent(axes, item_bytes), i)
             for i, (_, address, axes, item_bytes) in enumerate(footprints)
         ),
     )
@@ -59,7 +59,8 @@ def check_disjoint(group: int, footprints: Sequence[Footprint]) -> None:
     _check_cluster(group, [footprints[j] for j in cluster])
 
 
-def _extent(axes: Axes, item_bytes: int) -> int:
+def extent(axes: Axes, item_bytes: int) -> int:
+    """Bytes from the first element to the end of the last."""
     return sum((count - 1) * stride for _, count, stride in axes) + item_bytes
 
 
@@ -68,7 +69,8 @@ def _check_cluster(group: int, members: Sequence[Footprint]) -> None:
     if len(members) < 2:
         return
     block_strides = {axes[0][2] for _, _, axes, _ in members}
-    if len(block_strides) == 1 and _disjoint(group, members, block_strides.pop()) is None:
+    modulo = block_strides.pop() if len(block_strides) == 1 else 0
+    if modulo and _disjoint(group, members, modulo) is None:
         return
     fault = _disjoint(group, members, None)
     if fault is not None:
@@ -82,16 +84,19 @@ def _disjoint(
     group: int, members: Sequence[Footprint], modulo: int | None
 ) -> tuple[int, int] | None:
     """Two members that share a byte, or None. With ``modulo``, one block stands for all of them."""
-    starts, stops, owners = [], [], []
+    starts, stops, owners, total = [], [], [], 0
     for i, (title, address, axes, item_bytes) in enumerate(members):
-        chosen = axes if modulo is None else axes[1:]
-        row_starts, row_bytes = _rows(chosen, item_bytes)
-        if len(row_starts) > _MAX_ROWS:
+        outer, row_bytes = _rows(axes if modulo is None else axes[1:], item_bytes)
+        total += prod(count for count, _ in outer)
+        if total > _MAX_ROWS:
             raise LayoutError(
-                f"layer group {group}: {title} interleaves with other tensors in "
-                f"{len(row_starts)} rows, too many to prove that they do not overlap; declare it "
-                "in a layer group of its own"
+                f"layer group {group}: {title} and others interleave in more than {_MAX_ROWS} "
+                "rows, too many to prove that they do not overlap; declare it in a layer group of "
+                "its own"
             )
+        row_starts = np.zeros(1, np.int64)
+        for count, stride in outer:
+            row_starts = (np.arange(count, dtype=np.int64)[:, None] * stride + row_starts).ravel()
         first = row_starts + address
         if modulo is not None:
             first = first % modulo
@@ -108,8 +113,8 @@ def _disjoint(
     return None
 
 
-def _rows(axes: Axes, item_bytes: int) -> tuple[npt.NDArray[np.int64], int]:
-    """Offsets of the contiguous rows that the axes span, and the bytes of one row."""
+def _rows(axes: Axes, item_bytes: int) -> tuple[list[tuple[int, int]], int]:
+    """Axes, as (count, stride), around the contiguous rows of a tensor, and the bytes of a row."""
     row = item_bytes
     outer: list[tuple[int, int]] = []
     for _, count, stride in sorted((a for a in axes if a[1] > 1), key=lambda a: a[2]):
@@ -117,9 +122,4 @@ def _rows(axes: Axes, item_bytes: int) -> tuple[npt.NDArray[np.int64], int]:
             row *= count
         else:
             outer.append((count, stride))
-    if int(np.prod([count for count, _ in outer], dtype=object)) > _MAX_ROWS:
-        return np.zeros(_MAX_ROWS + 1, np.int64), row
-    offsets = np.zeros(1, np.int64)
-    for count, stride in outer:
-        offsets = (np.arange(count, dtype=np.int64)[:, None] * stride + offsets).reshape(-1)
-    return offsets, row
+    return outer, row

@@ -303,7 +303,7 @@ def compile_plan(
 
 
 def check_layouts(source: CacheLayout, destination: CacheLayout) -> None:
-    """Refuse two layouts that declare a cache tensor differently.
+    """Refuse two layouts that declare a cache tensor differently, or positions beyond pairing.
 
     Raises
     ------
@@ -311,10 +311,14 @@ def check_layouts(source: CacheLayout, destination: CacheLayout) -> None:
         Naming the cache tensor, both declarations and the mend.
     """
     theirs = {(t.layer, t.name): t for t in destination.tensors}
+    sizes: set[tuple[int, int]] = set()
     for tensor in source.tensors:
         other = theirs.get((tensor.layer, tensor.name))
         if other is not None:
             check_compatible(tensor, other)
+            sizes.add((tensor.block_tokens, other.block_tokens))
+    for held, wanted in sizes:
+        residues(source.context, held, destination.context, wanted)
 
 
 Piece = tuple[CacheTensor, CacheTensor, int, int]

@@ -284,3 +284,11 @@ def test_explain_names_residues_under_context_parallelism() -> None:
     source = CacheLayout(pool(1 << 20), ContextShard(1, 2, 16))
     text = compile_plan(source, CacheLayout(pool(1 << 24))).explain()
     assert "every 32 positions from 16" in text
+
+
+def test_context_interleaves_that_need_too_many_lanes_are_refused() -> None:
+    source = CacheLayout(pool(1 << 20), ContextShard(0, 2, 1 << 20))
+    destination = CacheLayout(pool(1 << 24))
+    for refuse in (check_layouts, compile_plan):
+        with pytest.raises(IncompatibleLayoutsError, match="131072 stretches of positions, more"):
+            refuse(source, destination)
