@@ -118,7 +118,7 @@ def demo(
     from kvpack.demo.run import run
 
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    console = Console(stderr=json_output)
+    console = Console(stderr=json_output, highlight=False)
     if not console.is_terminal:
         # A log has no width of its own, and the table of phases has a column for every process.
         console.width = max(console.width, 18 + 14 * (prefill_tp + decode_tp))

@@ -83,15 +83,16 @@ class Link:
 
     def send(self, blocks: npt.NDArray[np.int32], tokens: int, aux: bytes) -> TransferRecord:
         """Send the request's cache to whichever connected peers ask, and wait for them all."""
-        ready = None
-        if self._device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._device))
         handle = self._endpoint.send(
-            _REQUEST_ID, blocks, 0, tokens, ready=ready, timeout_s=self._timeout_s, aux=aux
+            _REQUEST_ID,
+            blocks,
+            0,
+            tokens,
+            ready=self._pools_ready(),
+            timeout_s=self._timeout_s,
+            aux=aux,
         )
-        handle.result(self._timeout_s)
-        return handle.record
+        return handle.result(self._timeout_s).record
 
     def receive(
         self,
@@ -108,7 +109,16 @@ class Link:
             tokens,
             from_=senders,
             receivers=receivers,
+            ready=self._pools_ready(),
             timeout_s=self._timeout_s,
         )
         result = handle.result(self._timeout_s)
-        return handle.record, result.aux[senders[0]]
+        return result.record, result.aux[senders[0]]
+
+    def _pools_ready(self) -> torch.cuda.Event | None:
+        """Record an event after what this process wrote to its pools; on the CPU there is none."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event

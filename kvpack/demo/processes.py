@@ -17,7 +17,7 @@ from kvpack.errors import KvpackError
 
 __all__ = ["WorkerFailedError", "Workers"]
 
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 20.0
 
 _Message = TypeVar("_Message")
 
@@ -83,11 +83,7 @@ class Workers:
     ) -> None:
         if kind is None:
             try:
-                for name in self._processes:
-                    self.tell(name, Stop())
-                deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-                for process in self._processes.values():
-                    process.join(max(0.0, deadline_s - time.monotonic()))
+                self._stop()
             finally:
                 self._end()
         else:
@@ -150,6 +146,18 @@ class Workers:
                 raise WorkerFailedError(f"{name} said {message!r} instead of {kind.__name__}")
             found[name] = message
         return found
+
+    def _stop(self) -> None:
+        """Let every worker close its endpoint and exit, and see that each did."""
+        self.tell_all(self._processes, Stop())
+        deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+        for name, process in self._processes.items():
+            process.join(max(0.0, deadline_s - time.monotonic()))
+            if process.exitcode is None:
+                raise WorkerFailedError(f"{name} did not stop within {_STOP_TIMEOUT_S:.0f} s")
+            if process.exitcode != 0:
+                self._read(name)
+                raise self._death(name)
 
     def _read(self, name: str) -> object:
         try:

@@ -33,6 +33,7 @@ def demo(*arguments: str) -> tuple[int, dict[str, Any]]:
         timeout=TIMEOUT_S,
     )
     assert result.returncode in (0, 1), result.stderr[-4000:]
+    assert "Traceback" not in result.stderr, result.stderr[:4000]
     return result.returncode, json.loads(result.stdout)
 
 
@@ -134,12 +135,12 @@ def test_the_table_of_phases_is_printed() -> None:
 
 
 def test_a_killed_worker_is_named_and_takes_the_others_down() -> None:
-    with running_demo() as process:
+    with running_demo("--prefill-tp", "1") as process:
         workers = workers_once_connecting(process)
-        worker(workers, 1).kill()
+        worker(workers, 0).kill()
         _, errors = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 3
-        assert "prefill-1 died with exit code -9" in errors
+        assert "prefill-0 died with exit code -9" in errors
         assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
@@ -147,7 +148,7 @@ def test_a_killed_worker_is_named_and_takes_the_others_down() -> None:
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
 def test_an_interrupted_demo_leaves_no_process_behind(number: signal.Signals, code: int) -> None:
-    with running_demo() as process:
+    with running_demo("--prefill-tp", "1") as process:
         workers = workers_once_connecting(process)
         # One worker stands still, so that the run cannot end before it is interrupted.
         still = worker(workers, 0)
