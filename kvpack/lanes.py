@@ -21,7 +21,7 @@ Side = Literal["source", "destination"]
 
 MAX_LEVELS = 3
 MAX_WIDTH = 16
-MAX_RESIDUES = 1 << 14
+MAX_RESIDUES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -366,6 +366,9 @@ def _merge(lanes: Sequence[Lane], same: Callable[[Lane], tuple[object, ...]]) ->
         while start < len(family):
             stop = _chain(family, start)
             joined = _join(family[start:stop])
+            if len(joined) > 1:
+                # The last lane of a chain that does not pay may begin one that does.
+                joined, stop = joined[:-1], stop - 1
             out.extend(joined)
             start = stop
     return out
