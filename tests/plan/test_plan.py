@@ -130,6 +130,17 @@ def test_layers_of_a_lane_class_are_in_ascending_order() -> None:
     assert len(plan.classes) == 1
 
 
+def test_layers_behind_a_gap_still_merge() -> None:
+    dims, shape = "block layer token dim", (8, 5, 4, 32)
+    source = CacheLayout(declare(memory(1 << 20, shape), dims, layers=[0, 7, 1, 2, 3], names="kv"))
+    destination = CacheLayout(
+        declare(memory(1 << 24, shape), dims, layers=[0, 8, 1, 2, 3], names="kv")
+    )
+    plan = compile_plan(source, destination)
+    assert [lane.layers for lane in plan.lanes] == [(0,), (1, 2, 3)]
+    assert plan.fragments([2], [3], 0, 4).nbytes.tolist() == [256, 768]
+
+
 def test_more_axes_than_levels_are_cut_into_lanes() -> None:
     # Kv, token, head and two inner axes, none of which is contiguous with its neighbour.
     source = CacheLayout(
