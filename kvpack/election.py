@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from kvpack.errors import CoverageError, IncompatibleLayoutsError
 from kvpack.lanes import residues
-from kvpack.layout import CacheLayout, CacheTensor, ContextShard
+from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Shard
 from kvpack.plan import Selection, Slice
 
 Candidates = tuple[str, ...]
@@ -44,7 +44,7 @@ class Election:
     sources: Mapping[str, CacheLayout]
     destination: CacheLayout
     _contested: dict[Candidates, list[Holding]] = field(init=False, default_factory=dict)
-    _memo: dict[tuple[str, ...], dict[str, Selection | None]] = field(
+    _memo: dict[tuple[str, tuple[int, ...]], Selection | None] = field(
         init=False, default_factory=dict
     )
 
@@ -52,8 +52,12 @@ class Election:
         if not self.sources:
             raise CoverageError("a request needs at least one sender; from_ is empty")
         for names in self._by_context():
+            heads = {
+                name: {(t.layer, t.name): t.heads for t in self.sources[name].tensors}
+                for name in names
+            }
             for tensor in self.destination.tensors:
-                for start, stop, candidates in self._cut(tensor, names):
+                for start, stop, candidates in _cut(tensor, heads):
                     holding = (tensor.layer, tensor.name, start, stop)
                     self._contested.setdefault(candidates, []).append(holding)
 
@@ -71,22 +75,19 @@ class Election:
             Per sender what it is to send: None for everything in common with the receiver, ``()``
             for nothing.
         """
-        chosen = tuple(_pick(candidates, salt) for candidates in self._contested)
-        if chosen not in self._memo:
-            self._memo[chosen] = self._selections(chosen)
-        return self._memo[chosen]
+        won: dict[str, list[int]] = {name: [] for name in self.sources}
+        for number, candidates in enumerate(self._contested):
+            won[_pick(candidates, salt)].append(number)
+        return {name: self._selection(name, tuple(sets)) for name, sets in won.items()}
 
-    def _selections(self, chosen: tuple[str, ...]) -> dict[str, Selection | None]:
-        mine: dict[str, list[Holding]] = {name: [] for name in self.sources}
-        possible: dict[str, int] = dict.fromkeys(self.sources, 0)
-        for candidates, winner in zip(self._contested, chosen, strict=True):
-            mine[winner].extend(self._contested[candidates])
-            for name in candidates:
-                possible[name] += len(self._contested[candidates])
-        return {
-            name: None if held and len(held) == possible[name] else _slices(held)
-            for name, held in mine.items()
-        }
+    def _selection(self, name: str, won: tuple[int, ...]) -> Selection | None:
+        """What a sender sends that was picked from these sets of candidates, by number."""
+        if (name, won) not in self._memo:
+            possible = tuple(n for n, sets in enumerate(self._contested) if name in sets)
+            holdings = list(self._contested.values())
+            held = [holding for number in won for holding in holdings[number]]
+            self._memo[name, won] = None if won and won == possible else _slices(held)
+        return self._memo[name, won]
 
     def _by_context(self) -> Iterator[list[str]]:
         """Names of the senders of each context rank whose positions the receiver wants."""
@@ -111,30 +112,32 @@ class Election:
                 )
             yield names
 
-    def _cut(self, wanted: CacheTensor, names: list[str]) -> Iterator[tuple[int, int, Candidates]]:
-        """Pieces of a wanted tensor's heads, with the senders that hold each."""
-        held = {
-            name: tensor.heads
-            for name in names
-            for tensor in self.sources[name].tensors
-            if (tensor.layer, tensor.name) == (wanted.layer, wanted.name)
-        }
-        if not held:
+
+def _cut(
+    wanted: CacheTensor, heads: Mapping[str, Mapping[tuple[int, str], Shard]]
+) -> Iterator[tuple[int, int, Candidates]]:
+    """Pieces of a wanted tensor's heads, with the senders that hold each.
+
+    ``heads`` has, for each sender, the heads that it holds of a (layer, name).
+    """
+    key = (wanted.layer, wanted.name)
+    held = {name: mine[key] for name, mine in heads.items() if key in mine}
+    if not held:
+        raise CoverageError(
+            f"{wanted.title} is wanted, but none of {', '.join(heads)} has it; name the sender "
+            "that holds this layer in from_"
+        )
+    cuts = {wanted.heads.start, wanted.heads.stop}
+    cuts |= {c for h in held.values() for c in (h.start, h.stop)}
+    inside = [c for c in sorted(cuts) if wanted.heads.start <= c <= wanted.heads.stop]
+    for start, stop in pairwise(inside):
+        having = tuple(n for n, h in held.items() if h.start <= start and stop <= h.stop)
+        if not having:
             raise CoverageError(
-                f"{wanted.title} is wanted, but none of {', '.join(names)} has it; name the "
-                "sender that holds this layer in from_"
+                f"heads [{start}, {stop}) of {wanted.title} are wanted, but none of "
+                f"{', '.join(heads)} holds them; name the sender that does in from_"
             )
-        inside = range(wanted.heads.start, wanted.heads.stop)
-        cuts = {wanted.heads.start, wanted.heads.stop}
-        cuts |= {c for h in held.values() for c in (h.start, h.stop) if c in inside}
-        for start, stop in pairwise(sorted(cuts)):
-            having = tuple(n for n, h in held.items() if h.start <= start and stop <= h.stop)
-            if not having:
-                raise CoverageError(
-                    f"heads [{start}, {stop}) of {wanted.title} are wanted, but none of "
-                    f"{', '.join(names)} holds them; name the sender that does in from_"
-                )
-            yield start, stop, having
+        yield start, stop, having
 
 
 def _pick(candidates: Candidates, salt: str) -> str:
