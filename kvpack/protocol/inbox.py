@@ -92,15 +92,11 @@ class Source:
     parts: dict[tuple[int, int], Part] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)
     issued: int = 0
+    open_slots: int = 0
     wanted_bytes: int = 0
     scattered_bytes: int = 0
     doubted_since: float = 0.0
     retired: bool = False
-
-    @property
-    def open_slots(self) -> int:
-        """Slots of leases that nothing has landed in yet."""
-        return sum(lease.run.slots for lease in self.leases.values() if not lease.landed)
 
     @property
     def covered(self) -> int:
@@ -112,6 +108,11 @@ class Source:
         """Whether its parts make up the request and each wire byte of them has been scattered."""
         everything = self.covered == self.request.last - self.request.first
         return everything and self.scattered_bytes == self.wanted_bytes
+
+    def hungry_part(self, slot_bytes: int) -> Part | None:
+        """Return a part that could use one more lease."""
+        hungry = (part for part in self.parts.values() if part.hungry_bytes(slot_bytes) > 0)
+        return next(hungry, None)
 
     def accepts(self, first: int, last: int) -> bool:
         """Tell whether a new part lies within the request and overlaps no other."""

@@ -83,6 +83,16 @@ class Machine:
             **fields,
         )
 
+    def _too_large(self, piece_bytes: int) -> str:
+        """Say why a piece can never be carried."""
+        counts = self._pool.counts()
+        longest = self._pool.largest_possible() * self._slot_bytes
+        return (
+            f"one piece takes {piece_bytes} bytes of staging, the longest run of slots has "
+            f"{longest} ({counts.retired} of {counts.capacity} slots are retired): open the "
+            "endpoint with more staging"
+        )
+
     def _slots(self, num_bytes: int) -> int:
         """Count the slots that so many bytes of staging take."""
         return max(1, -(-num_bytes // self._slot_bytes))

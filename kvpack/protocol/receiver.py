@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from kvpack.errors import (
-    BlockListError,
-    CoverageError,
-    EndpointError,
-    KvpackError,
-    StagingError,
-)
+from kvpack.errors import BlockListError, CoverageError, EndpointError, KvpackError, StagingError
 from kvpack.protocol.actions import (
     WIRE_ALIGNMENT,
     Action,
@@ -37,7 +31,7 @@ from kvpack.protocol.messages import (
     encode,
 )
 from kvpack.protocol.peers import Drop, Peers
-from kvpack.protocol.pool import SlotPool
+from kvpack.protocol.pool import SlotPool, SlotRun
 
 FromSender = Want | Data | Fail | Drained
 
@@ -80,6 +74,7 @@ class Receiver(Machine):
         self._by_request: dict[str, Receive] = {}
         self._chunks: dict[int, Scattering] = {}
         self._doubtful: dict[SessionKey, Source] = {}
+        self._at_work: dict[SessionKey, Source] = {}
         self._turns: dict[SessionKey, Source] = {}
 
     # -- the engine's events ------------------------------------------------------------------
@@ -164,7 +159,8 @@ class Receiver(Machine):
         if receive is None:
             return []  # it ended before its event fired
         receive.ready = True
-        self._turns.update((source.key, source) for source in receive.sources.values())
+        for source in receive.sources.values():
+            self._queue(source)
         return self._settle()
 
     def end(self, receive_id: int, outcome: Outcome, reason: str) -> list[Action]:
@@ -280,7 +276,7 @@ class Receiver(Machine):
         source.parts[want.first, want.last] = part
         source.wanted_bytes += wire.total_bytes
         if source.receive.ready:
-            self._turns.setdefault(source.key, source)
+            self._queue(source)
         return self._end_if_complete(source.receive)
 
     def _on_data(self, source: Source, data: Data) -> None:
@@ -299,6 +295,8 @@ class Receiver(Machine):
             return self._peers.drop(Drop.WRONG_RANGE)
         lease.landed = True
         part.open_slots -= lease.run.slots
+        source.open_slots -= lease.run.slots
+        self._queue(source)
         source.receive.scattering += 1
         chunk = IncomingChunk(
             self._next_chunk_id(),
@@ -331,38 +329,52 @@ class Receiver(Machine):
     def _settle(self) -> list[Action]:
         """Grant what can be granted after the events so far and return the actions."""
         granted = True
-        while granted and self._pool.largest_free():
+        while granted and self._turns and self._pool.largest_free():
             granted = False
-            counts = self._pool.counts()
-            share = (counts.free + counts.owned) // (len(self._turns) + 1)
             for source in list(self._turns.values()):
-                if source.receive.outcome is None and self._grant(source, share):
-                    self._turns[source.key] = self._turns.pop(source.key)
+                # A turn may have ended the receive of a later one.
+                if source.key in self._turns and self._take_turn(source):
                     granted = True
+                if not self._pool.largest_free():
+                    break
         return self._take_actions()
 
-    def _grant(self, source: Source, share: int) -> bool:
-        """Grant a source one more lease, if it can use one and may have it."""
-        open_slots = source.open_slots
-        hungry = (p for p in source.parts.values() if p.hungry_bytes(self._slot_bytes) > 0)
-        part = next(hungry, None)
+    def _take_turn(self, source: Source) -> bool:
+        """Grant a source one more lease, if it can use one, may have it and there is one."""
+        part = source.hungry_part(self._slot_bytes)
         if part is None:
-            if not open_slots:
-                del self._turns[source.key]
+            del self._turns[source.key]
             return False
-        least = self._slots(part.least_bytes)
-        if least > self._pool.largest_possible():
-            return self._refuse(source, part)
+        piece = self._slots(part.least_bytes)
+        if piece > self._pool.largest_possible():
+            reason = f"{source.name}: {self._too_large(part.least_bytes)}"
+            self._end(source.receive, Outcome.FAILED, reason)
+            return False
         need = self._slots(part.hungry_bytes(self._slot_bytes) + WIRE_ALIGNMENT - 1)
-        want = max(least, min(need, source.max_slots, share if need <= share else share // 2))
-        if open_slots and open_slots + want > share:
+        share = self._share()
+        want = max(piece, min(need, source.max_slots, share if need <= share else share // 2))
+        if source.open_slots and source.open_slots + want > share:
+            del self._turns[source.key]  # until one of its leases is filled, or the share grows
             return False
+        # With leases open it can wait for a decent one; with none it takes what there is.
+        least = max(piece, want // 2) if source.open_slots else piece
         run = self._pool.take(want, least, source.key)
         if run is None:
             return False
+        self._turns[source.key] = self._turns.pop(source.key)
+        self._issue(source, part, run)
+        return True
+
+    def _share(self) -> int:
+        """Count the slots of open leases that each source at work may have."""
+        counts = self._pool.counts()
+        return (counts.free + counts.owned) // (len(self._at_work) + 1)
+
+    def _issue(self, source: Source, part: Part, run: SlotRun) -> None:
         source.issued += 1
         source.leases[source.issued] = Lease(run, part)
         part.open_slots += run.slots
+        source.open_slots += run.slots
         self._post(
             Grant,
             source.key,
@@ -373,18 +385,22 @@ class Receiver(Machine):
             slots=run.slots,
             generation=run.generation,
         )
-        return True
 
-    def _refuse(self, source: Source, part: Part) -> bool:
-        counts = self._pool.counts()
-        reason = (
-            f"one piece from {source.name} takes {part.least_bytes} bytes of staging, the "
-            f"longest run of receive slots {self._pool.largest_possible() * self._slot_bytes}, "
-            f"{counts.retired} of {counts.capacity} slots being retired: open the endpoint with "
-            "more staging"
-        )
-        self._end(source.receive, Outcome.FAILED, reason)
-        return False
+    def _queue(self, source: Source) -> None:
+        """Let a source take turns if it can use a lease, and be at work while it has any."""
+        if source.hungry_part(self._slot_bytes) is not None:
+            self._at_work[source.key] = source
+            self._turns.setdefault(source.key, source)
+        elif not source.open_slots:
+            self._dismiss([source])
+
+    def _dismiss(self, sources: Iterable[Source]) -> None:
+        """Take sources out; the shares of the others grow, so that they may have turns again."""
+        for source in sources:
+            self._at_work.pop(source.key, None)
+            self._turns.pop(source.key, None)
+            self._pool.forget(source.key)
+        self._turns.update(self._at_work)
 
     def _close_chunk(self, scattering: Scattering) -> None:
         """Free the lease of a chunk whose scatter is over."""
@@ -401,6 +417,7 @@ class Receiver(Machine):
             if number <= grants and not lease.landed:
                 self._pool.free(lease.run)
                 del source.leases[number]
+        self._turns.update(self._at_work)  # there is more to share
         if all(lease.landed for lease in source.leases.values()):
             del self._doubtful[source.key]
 
@@ -415,9 +432,8 @@ class Receiver(Machine):
             return
         receive.outcome = outcome
         del self._receives[receive.receive_id], self._by_request[receive.request_id]
+        self._dismiss(receive.sources.values())
         for source in receive.sources.values():
-            self._turns.pop(source.key, None)
-            self._pool.forget(source.key)
             in_doubt = [lease for lease in source.leases.values() if not lease.landed]
             for lease in in_doubt:
                 self._pool.doubt(lease.run)
@@ -445,9 +461,10 @@ class Receiver(Machine):
         counts = self._pool.counts()
         live = [s for r in self._receives.values() for s in r.sources.values()]
         opened = sum(source.open_slots for source in live)
+        assert opened == sum(_open_slots(source) for source in live), "open leases are miscounted"
         scattering = sum(entry.chunk.run.slots for entry in self._chunks.values())
         held = opened + scattering
-        doubted = sum(source.open_slots for source in self._doubtful.values())
+        doubted = sum(_open_slots(source) for source in self._doubtful.values())
         assert counts.owned == held, f"{counts.owned} receive slots are held, leases have {held}"
         assert counts.in_doubt + counts.retired == doubted, (
             f"{counts.in_doubt} and {counts.retired} receive slots are in doubt and retired, "
@@ -476,3 +493,7 @@ class Receiver(Machine):
                 f"{what}: all {self._pool.capacity} receive slots are retired, for senders that "
                 "may still write to them; they return when those processes exit"
             )
+
+
+def _open_slots(source: Source) -> int:
+    return sum(lease.run.slots for lease in source.leases.values() if not lease.landed)

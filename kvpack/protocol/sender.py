@@ -421,7 +421,7 @@ class Sender(Machine):
     def _cut_chunks(self) -> None:
         """Cut a chunk for each session in turn while there are grants and local slots."""
         cut = True
-        while cut:
+        while cut and self._turns and self._pool.largest_free():
             cut = False
             for session in list(self._turns.values()):
                 grant = session.grants.get(session.next_grant)
@@ -436,15 +436,13 @@ class Sender(Machine):
         """Cut the next chunk of a part for a grant; tell whether there were slots for it."""
         lease_bytes = grant.slots * self._peers.get(session.key[0]).slot_bytes
         left_bytes = part.uncut_bytes + part.cut_bytes % WIRE_ALIGNMENT
-        least = self._slots(min(part.wire.piece_bytes, left_bytes))
+        piece = self._slots(min(part.wire.piece_bytes, left_bytes))
         want = self._slots(min(lease_bytes, left_bytes))
         want = min(want, largest_chunk_slots(self._pool.capacity))
-        if least > self._pool.largest_possible():
-            reason = (
-                f"one piece takes {part.wire.piece_bytes} bytes of staging, the sender's longest "
-                f"run of send slots {self._pool.largest_possible() * self._slot_bytes}: open its "
-                "endpoint with more staging"
-            )
+        # With chunks under way it can wait for decent slots; with none it takes what there is.
+        least = max(piece, want // 2) if session.chunks else piece
+        if piece > self._pool.largest_possible():
+            reason = self._too_large(part.wire.piece_bytes)
             self._end_session(session, Outcome.FAILED, reason)
             return False
         run = self._pool.take(want, least, session.key)

@@ -72,8 +72,8 @@ class Bench:
         self, peer: str, kind: type[MessageT], attempt: int = 1, **fields: Any
     ) -> list[Action]:
         """Let a peer say something about request "r"."""
-        fields = {"token": MINE, "request_id": "r", "seq": 1} | fields
-        message = kind(attempt=attempt, **fields)
+        said: dict[str, Any] = {"token": MINE, "request_id": "r", "seq": 1, **fields}
+        message = kind(attempt=attempt, **said)
         return self.do(self.exchange.deliver(peer, encode(message), self.now))
 
     def wait_until(self, now: float) -> list[Action]:

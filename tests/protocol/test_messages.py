@@ -136,6 +136,7 @@ def test_a_field_out_of_bounds_is_refused(index: int, fields: dict[str, object])
 
 def test_an_unknown_field_or_kind_is_refused() -> None:
     values = msgspec.msgpack.decode(encode(MESSAGES[5]))
+    wrong: object
     for wrong in ([*values, 1], ["HELLO", *values[1:]], values[:-1], [], {}, 3, None):
         with pytest.raises(ProtocolError):
             decode(msgspec.msgpack.encode(wrong))

@@ -19,6 +19,7 @@ from kvpack.protocol import (
     Wire,
     Write,
 )
+from kvpack.protocol.cluster import StraightWire
 from kvpack.protocol.messages import Cancel, Done, Drained, Fail, Grant, Want
 
 Make = Callable[..., Any]
@@ -424,11 +425,16 @@ def test_a_plan_that_does_not_hold_fails_with_its_own_words(make_bench: Make) ->
 
 
 def test_a_piece_larger_than_the_staging_fails_naming_both(make_bench: Make) -> None:
-    bench = make_bench("d0@1", send_slots=0)
+    bench = make_bench(
+        "d0@1",
+        send_slots=2,
+        wire_of=lambda peer, request, first, last: StraightWire(1000, 500),
+    )
     publish(bench)
     ask(bench)
-    grant(bench, 1)
-    assert "one piece takes 25 bytes" in bench.said(Fail)[0].reason
+    grant(bench, 1, slots=9)
+    reason = "one piece takes 515 bytes of staging, the longest run of slots has 128"
+    assert reason in bench.said(Fail)[0].reason
 
 
 def test_a_lost_peer_fails_its_own_sessions_only(make_bench: Make) -> None:
