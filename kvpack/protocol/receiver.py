@@ -320,9 +320,10 @@ class Receiver(Machine):
             reason = f"{source.name}: {drained.reason}"
             self._end(source.receive, drained.outcome, reason)
         doubtful = self._doubtful.get(key)
-        if doubtful is None or drained.grants > doubtful.issued:
-            return self._peers.drop(Drop.UNKNOWN_REQUEST)
-        return self._dispel(doubtful, drained.grants)
+        if doubtful is not None and drained.grants <= doubtful.issued:
+            self._dispel(doubtful, drained.grants)
+        elif doubtful is not None:
+            self._peers.drop(Drop.WRONG_RANGE)
 
     # -- leases -------------------------------------------------------------------------------
 
