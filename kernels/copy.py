@@ -17,6 +17,7 @@ from kvpack.kernels.table import LaneTable, as_lane_table
 if TYPE_CHECKING:
     import torch
 
+    from kvpack.kernels.launch import Timing
     from kvpack.kernels.table import TableLike
 
     StagingMemory: TypeAlias = npt.NDArray[np.uint8] | torch.Tensor
@@ -43,6 +44,7 @@ def gather(
     backend: Backend | None = None,
     stream: torch.cuda.Stream | None = None,
     max_ctas: int | None = None,
+    timing: Timing | None = None,
 ) -> None:
     """Pack a chunk: copy it from cache blocks into staging memory.
 
@@ -69,6 +71,10 @@ def gather(
         Thread blocks that may be launched. Default: as many as there are tiles. Not used by
         NumPy, which runs in the calling thread.
 
+    timing : tuple of two torch.cuda.Event, optional
+        Recorded right before and right after the kernel, so that their difference is its time and
+        not that of the host's work. Not used on the CPU.
+
     Raises
     ------
     BlockListError
@@ -81,7 +87,7 @@ def gather(
     StagingError
         If `staging` is no such memory, too short, misaligned, or not where the table is.
     """
-    _copy(table, spans, blocks, staging, backend, stream, max_ctas, scatter=False)
+    _copy(table, spans, blocks, staging, backend, stream, max_ctas, timing, scatter=False)
 
 
 def scatter(
@@ -93,12 +99,13 @@ def scatter(
     backend: Backend | None = None,
     stream: torch.cuda.Stream | None = None,
     max_ctas: int | None = None,
+    timing: Timing | None = None,
 ) -> None:
     """Unpack a chunk: copy it from staging memory into cache blocks.
 
     Parameters and errors are those of :func:`gather`; `table` and `blocks` are the destination's.
     """
-    _copy(table, spans, blocks, staging, backend, stream, max_ctas, scatter=True)
+    _copy(table, spans, blocks, staging, backend, stream, max_ctas, timing, scatter=True)
 
 
 def choose_backend(backend: str | None, on_gpu: bool) -> Backend:
@@ -190,6 +197,7 @@ def _copy(
     backend: Backend | None,
     stream: torch.cuda.Stream | None,
     max_ctas: int | None,
+    timing: Timing | None,
     *,
     scatter: bool,
 ) -> None:
@@ -202,7 +210,7 @@ def _copy(
         specialization = copy_specialization(
             scatter, footprint.narrowest == 16, max_ctas is not None
         )
-        launch.launch_copy(specialization, table, spans, blocks, address, stream, max_ctas)
+        launch.launch_copy(specialization, table, spans, blocks, address, stream, max_ctas, timing)
     else:
         twin = reference.scatter if scatter else reference.gather
         twin(table.rows, spans, blocks, address)

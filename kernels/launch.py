@@ -12,7 +12,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ from kvpack.kernels.table import DEVICE_COLUMNS, HEADER_WORDS, LaneTable
 
 if TYPE_CHECKING:
     import torch
+
+    Timing: TypeAlias = tuple[torch.cuda.Event, torch.cuda.Event]
 
 _SMALLEST_SLOT_WORDS = 4096
 _SLOTS_AT_ONCE = 16
@@ -77,6 +79,7 @@ class Launcher:
         last_tiles: npt.NDArray[np.int64],
         blocks: npt.NDArray[np.int32],
         stream: torch.cuda.Stream | None,
+        timing: Timing | None = None,
     ) -> None:
         """Upload and launch, in `stream`'s order; returns before either has happened.
 
@@ -94,6 +97,8 @@ class Launcher:
             Block ids.
         stream : torch.cuda.Stream or None
             None is torch's current stream of the device.
+        timing : tuple of two torch.cuda.Event, optional
+            Recorded around the kernel.
         """
         num_spans = len(spans)
         ids_at = HEADER_WORDS + num_spans * (1 + len(Span))
@@ -108,7 +113,7 @@ class Launcher:
             first_tiles[1:] = last_tiles[:-1]
             words[HEADER_WORDS + num_spans : ids_at] = spans.reshape(-1)
             words[ids_at:].view(np.int32)[: len(blocks)] = blocks
-            self._run(specialization, grid, slot, num_words, stream)
+            self._run(specialization, grid, slot, num_words, stream, timing)
             # A slot whose launch failed is dropped: nothing tells when it may be written again.
             self._ring.append(slot)
 
@@ -119,6 +124,7 @@ class Launcher:
         slot: _Slot,
         num_words: int,
         stream: torch.cuda.Stream | None,
+        timing: Timing | None,
     ) -> None:
         kernel = self._kernels[specialization.kernel][(grid,)]
         arguments = specialization.launch_arguments
@@ -131,8 +137,12 @@ class Launcher:
             stream = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(stream):
             slot.device[:num_words].copy_(slot.host[:num_words], non_blocking=True)
+            if timing is not None:
+                timing[0].record(stream)
             kernel(slot.device, **arguments)
             slot.over.record(stream)
+            if timing is not None:
+                timing[1].record(stream)
 
     def _take(self, num_words: int) -> _Slot:
         for i, slot in enumerate(self._ring):
@@ -171,6 +181,7 @@ def launch_copy(
     staging: int,
     stream: torch.cuda.Stream | None,
     max_ctas: int | None,
+    timing: Timing | None,
 ) -> None:
     """Launch gather or scatter of checked arguments.
 
@@ -178,7 +189,7 @@ def launch_copy(
     ----------
     specialization : Specialization
         From :func:`copy_specialization`.
-    table, spans, blocks, stream, max_ctas
+    table, spans, blocks, stream, max_ctas, timing
         As for :func:`kvpack.kernels.gather`.
     staging : int
         Address of the chunk's first byte.
@@ -195,7 +206,9 @@ def launch_copy(
     spans[:, Span.ROW] *= _ROW_BYTES
     spans[:, Span.ROW] += resident.data_ptr()
     spans[:, Span.OFFSET] += staging
-    launcher(resident.device).launch(specialization, grid, spans, last_tiles, blocks, stream)
+    launcher(resident.device).launch(
+        specialization, grid, spans, last_tiles, blocks, stream, timing
+    )
 
 
 def launch_expand(

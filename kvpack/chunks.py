@@ -15,6 +15,7 @@ from kvpack.protocol import (
     OutgoingChunk,
     Receiver,
     Sender,
+    Write,
     encode,
 )
 from kvpack.protocol.messages import Data
@@ -43,7 +44,8 @@ class Chunks:
     slot_bytes : int
         Bytes of a staging slot.
     tell : callable
-        Calls a state machine's method under the lock and queues the actions it returns.
+        Calls a state machine's method under the lock, queues the actions it returns, and returns
+        them.
     name_of, lose : callable
         A peer's name; and what to do when its connection broke.
     """
@@ -57,7 +59,7 @@ class Chunks:
         transfers: Transfers,
         *,
         slot_bytes: int,
-        tell: Callable[[Callable[[], list[Action]]], None],
+        tell: Callable[[Callable[[], list[Action]]], list[Action]],
         name_of: Callable[[str], str],
         lose: Callable[[str, str], None],
     ) -> None:
@@ -70,6 +72,9 @@ class Chunks:
         self._tell = tell
         self._name_of = name_of
         self._lose = lose
+        # Kept from gather to the write's end: a send may end before this side sees its last write
+        # end, for its receivers may have said so already.
+        self._timelines: dict[int, Timeline] = {}
         self._gathers: list[tuple[OutgoingChunk, Copy]] = []
         self._writes: list[tuple[OutgoingChunk, PostedWrite]] = []
         self._scatters: list[tuple[IncomingChunk, Copy]] = []
@@ -83,6 +88,7 @@ class Chunks:
         """Start to pack a chunk."""
         sent = self._transfers.sent(chunk.send_id)
         timeline, part = sent.timeline, _part(chunk)
+        self._timelines[chunk.chunk_id] = timeline
         timeline.end(Phase.QUEUE)
         timeline.end(Phase.CREDIT, credit_key(chunk.peer))
         name, nbytes = self._name_of(chunk.peer), chunk.wire_last - chunk.wire_first
@@ -104,7 +110,7 @@ class Chunks:
 
     def write(self, chunk: OutgoingChunk, message: Data) -> None:
         """Post a gathered chunk's write."""
-        timeline = self._transfers.sent(chunk.send_id).timeline
+        timeline = self._timelines[chunk.chunk_id]
         name, nbytes = self._name_of(chunk.peer), chunk.wire_last - chunk.wire_first
         slots = -(-(chunk.wire_last - chunk_origin(chunk.wire_first)) // self._slot_bytes)
         try:
@@ -153,8 +159,10 @@ class Chunks:
         except Exception as error:  # what a device reports has no class of its own
             self._gather_failed(chunk, error)
             return True
-        self._close(self._transfers.sent(chunk.send_id).timeline, Phase.GATHER, chunk, copy)
-        self._tell(lambda: self._sender.gathered(chunk.chunk_id))
+        self._close(self._timelines[chunk.chunk_id], Phase.GATHER, chunk, copy)
+        asked = self._tell(lambda: self._sender.gathered(chunk.chunk_id))
+        if not any(isinstance(action, Write) and action.chunk is chunk for action in asked):
+            del self._timelines[chunk.chunk_id]  # its session is over: it will not be written
         return True
 
     def _is_written(self, chunk: OutgoingChunk, write: PostedWrite) -> bool:
@@ -164,7 +172,7 @@ class Chunks:
         except TransportError as error:
             self._write_failed(chunk, error)
             return True
-        timeline = self._transfers.sent(chunk.send_id).timeline
+        timeline = self._timelines.pop(chunk.chunk_id)
         timeline.end(Phase.WIRE, chunk.chunk_id)
         timeline.chunk_ends()
         self._tell(lambda: self._sender.written(chunk.chunk_id))
@@ -197,9 +205,11 @@ class Chunks:
 
     def _gather_failed(self, chunk: OutgoingChunk, error: Exception) -> None:
         _logger.error("request %r: gather failed: %r", chunk.request_id, error)
+        del self._timelines[chunk.chunk_id]
         self._tell(lambda: self._sender.chunk_failed(chunk.chunk_id, f"gather failed: {error}"))
 
     def _write_failed(self, chunk: OutgoingChunk, error: TransportError) -> None:
+        del self._timelines[chunk.chunk_id]
         self._tell(lambda: self._sender.chunk_failed(chunk.chunk_id, str(error)))
         if isinstance(error, PeerLostError):
             self._lose(chunk.peer, str(error))

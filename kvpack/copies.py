@@ -122,9 +122,7 @@ class Copier:
     ) -> Copy:
         run = kernels.gather if pool == "send" else kernels.scatter
         stream = self._streams.get(pool)
-        copy = Copy() if stream is None else Copy(self._event(), self._event())
-        if copy.started is not None:
-            copy.started.record(stream)
+        timing = None if stream is None else (self._event(), self._event())
         run(
             table,
             spans,
@@ -133,10 +131,9 @@ class Copier:
             backend=self._options.backend,
             stream=stream,
             max_ctas=self._options.max_ctas,
+            timing=timing,
         )
-        if copy.ended is not None:
-            copy.ended.record(stream)
-        return copy
+        return Copy() if timing is None else Copy(*timing)
 
     def _event(self) -> torch.cuda.Event:
         if self._idle_events:

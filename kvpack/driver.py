@@ -17,6 +17,9 @@ _logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_BACKOFF = 1.25
+"""How much longer each look without news lets the next one wait: about 5 ms to the longest."""
+
 
 class Driver:
     """Makes turns until it is stopped.
@@ -106,7 +109,7 @@ class Driver:
             else:
                 is_open = progress.transfers.is_open
                 longest = options.waiting_poll_s if is_open else options.idle_poll_s
-                pause = min(max(2 * pause, options.busy_poll_s), longest)
+                pause = min(max(_BACKOFF * pause, options.busy_poll_s), longest)
                 if progress.wake.wait(pause):
                     pause = options.busy_poll_s
             progress.wake.clear()

@@ -93,11 +93,13 @@ class Progress:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._early: deque[tuple[str, bytes]] = deque(maxlen=MAX_EARLY_MESSAGES)
 
-    def tell(self, event: Callable[[], list[Action]]) -> None:
-        """Let a state machine take an event, and queue what it asks for."""
+    def tell(self, event: Callable[[], list[Action]]) -> list[Action]:
+        """Let a state machine take an event; queue what it asks for, and return it."""
         with self.lock:
-            self._actions.extend(event())
+            actions = event()
+            self._actions.extend(actions)
         self.wake.set()
+        return actions
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run a function in the next turn, on the turning thread."""
@@ -139,21 +141,34 @@ class Progress:
         return ran
 
     def _poll_ready(self) -> bool:
-        moved = False
         sender, receiver = self.exchange.sender, self.exchange.receiver
+        moved = False
         for send_id, sent in list(self.transfers.outgoing.items()):
-            moved |= _look(
-                sent,
-                lambda i=send_id: self.tell(lambda: sender.source_ready(i)),
-                lambda why, i=send_id: self.tell(lambda: sender.fail(i, Outcome.FAILED, why)),
-            )
+            moved |= self._look(sent, send_id, sender.source_ready, sender.end)
         for receive_id, received in list(self.transfers.incoming.items()):
-            moved |= _look(
-                received,
-                lambda i=receive_id: self.tell(lambda: receiver.destination_ready(i)),
-                lambda why, i=receive_id: self.tell(lambda: receiver.end(i, Outcome.FAILED, why)),
-            )
+            moved |= self._look(received, receive_id, receiver.destination_ready, receiver.end)
         return moved
+
+    def _look(
+        self,
+        transfer: Outgoing | Incoming,
+        transfer_id: int,
+        on_ready: Callable[[int], list[Action]],
+        end: Callable[[int, Outcome, str], list[Action]],
+    ) -> bool:
+        """Ask a transfer's event once more, unless it has fired; tells whether there was news."""
+        if transfer.is_ready:
+            return False
+        try:
+            transfer.is_ready = transfer.ready is None or transfer.ready.query()
+        except Exception as error:  # what a device reports has no class of its own
+            transfer.is_ready = True
+            reason = f"its ready event failed: {error}"
+            self.tell(lambda: end(transfer_id, Outcome.FAILED, reason))
+            return True
+        if transfer.is_ready:
+            self.tell(lambda: on_ready(transfer_id))
+        return transfer.is_ready
 
     def _do_actions(self) -> bool:
         did = False
@@ -235,20 +250,3 @@ class Progress:
         with self.lock:
             self._actions.extend(self.exchange.sender.peer_lost(peer, reason))
             self._actions.extend(self.exchange.receiver.peer_lost(peer, reason))
-
-
-def _look(
-    transfer: Outgoing | Incoming, on_ready: Callable[[], None], on_error: Callable[[str], None]
-) -> bool:
-    """Ask a transfer's event once more, unless it has fired; tells whether there was news."""
-    if transfer.is_ready:
-        return False
-    try:
-        transfer.is_ready = transfer.ready is None or transfer.ready.query()
-    except Exception as error:  # what a device reports has no class of its own
-        transfer.is_ready = True
-        on_error(f"its ready event failed: {error}")
-        return True
-    if transfer.is_ready:
-        on_ready()
-    return transfer.is_ready

@@ -202,7 +202,7 @@ def exchange(address: str, metadata: bytes, timeout_s: float = 10.0) -> bytes:
             )
         try:
             answer = _answer_decoder.decode(socket.recv())
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TransportError(
                 f"whoever listens at {address} is no kvpack endpoint of this version: {error}"
             ) from error
