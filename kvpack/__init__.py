@@ -11,95 +11,41 @@ if TYPE_CHECKING:
     )
     from kvpack.endpoint import (
         Capacity as Capacity,
-    )
-    from kvpack.endpoint import (
         Endpoint as Endpoint,
     )
     from kvpack.errors import (
         BlockListError as BlockListError,
-    )
-    from kvpack.errors import (
         ClosedError as ClosedError,
-    )
-    from kvpack.errors import (
         CoverageError as CoverageError,
-    )
-    from kvpack.errors import (
         EndpointError as EndpointError,
-    )
-    from kvpack.errors import (
         IncompatibleLayoutsError as IncompatibleLayoutsError,
-    )
-    from kvpack.errors import (
         KvpackError as KvpackError,
-    )
-    from kvpack.errors import (
         LayoutError as LayoutError,
-    )
-    from kvpack.errors import (
         OptionsError as OptionsError,
-    )
-    from kvpack.errors import (
         PeerLostError as PeerLostError,
-    )
-    from kvpack.errors import (
         ProtocolError as ProtocolError,
-    )
-    from kvpack.errors import (
         ProtocolVersionError as ProtocolVersionError,
-    )
-    from kvpack.errors import (
         StagingError as StagingError,
-    )
-    from kvpack.errors import (
         TransferCancelledError as TransferCancelledError,
-    )
-    from kvpack.errors import (
         TransferError as TransferError,
-    )
-    from kvpack.errors import (
         TransferFailedError as TransferFailedError,
-    )
-    from kvpack.errors import (
         TransferTimeoutError as TransferTimeoutError,
-    )
-    from kvpack.errors import (
         TransportError as TransportError,
-    )
-    from kvpack.errors import (
         UnknownPeerError as UnknownPeerError,
-    )
-    from kvpack.errors import (
         VerificationError as VerificationError,
     )
     from kvpack.handles import (
         ReceiveHandle as ReceiveHandle,
-    )
-    from kvpack.handles import (
         ReceiveResult as ReceiveResult,
-    )
-    from kvpack.handles import (
         SendHandle as SendHandle,
-    )
-    from kvpack.handles import (
         SendResult as SendResult,
     )
     from kvpack.layout import (
         CacheLayout as CacheLayout,
-    )
-    from kvpack.layout import (
         CacheTensor as CacheTensor,
-    )
-    from kvpack.layout import (
         ContextShard as ContextShard,
-    )
-    from kvpack.layout import (
         Memory as Memory,
-    )
-    from kvpack.layout import (
         Shard as Shard,
-    )
-    from kvpack.layout import (
         declare as declare,
     )
     from kvpack.options import (
@@ -107,14 +53,8 @@ if TYPE_CHECKING:
     )
     from kvpack.plan import (
         Fragments as Fragments,
-    )
-    from kvpack.plan import (
         Slice as Slice,
-    )
-    from kvpack.plan import (
         TransferPlan as TransferPlan,
-    )
-    from kvpack.plan import (
         compile_plan as compile_plan,
     )
     from kvpack.staging import (
@@ -122,14 +62,8 @@ if TYPE_CHECKING:
     )
     from kvpack.verify import (
         Party as Party,
-    )
-    from kvpack.verify import (
         Proof as Proof,
-    )
-    from kvpack.verify import (
         Request as Request,
-    )
-    from kvpack.verify import (
         verify as verify,
     )
 
