@@ -239,20 +239,21 @@ class Endpoint:
         timeline = Timeline(request_id, "send", self._machinery.staging.device)
         deadline = time.monotonic() + self._timeout(timeout_s)
         progress = self._machinery.progress
-        with progress.lock:
+        with progress.lock:  # so that nothing is done for the send before it is known
             self._check_open()
-            actions = progress.exchange.sender.publish(
-                send_id,
-                request_id,
-                first,
-                last,
-                to=None if to is None else tuple(to),
-                final=final,
-                aux=aux,
-                deadline=deadline,
+            progress.tell(
+                lambda: progress.exchange.sender.publish(
+                    send_id,
+                    request_id,
+                    first,
+                    last,
+                    to=None if to is None else tuple(to),
+                    final=final,
+                    aux=aux,
+                    deadline=deadline,
+                )
             )
             progress.transfers.outgoing[send_id] = Outgoing(handle, table, ready, timeline)
-        progress.tell(lambda: actions)
         return handle
 
     def receive(
@@ -317,26 +318,28 @@ class Endpoint:
         timeline = Timeline(request_id, "receive", self._machinery.staging.device)
         timeline.builder.peers.extend(from_)
         progress = self._machinery.progress
-        with progress.lock:
+        with progress.lock:  # so that nothing is done for the receive before it is known
             self._check_open()
-            actions = progress.exchange.receiver.start(
-                receive_id,
-                request_id,
-                first,
-                last,
-                sources,
-                receivers=tuple(dict.fromkeys((*receivers, self.name))),
-                timeout_s=self._timeout(timeout_s),
-                now=time.monotonic(),
-                stream_layers=stream_layers,
+            progress.tell(
+                lambda: progress.exchange.receiver.start(
+                    receive_id,
+                    request_id,
+                    first,
+                    last,
+                    sources,
+                    receivers=tuple(dict.fromkeys((*receivers, self.name))),
+                    timeout_s=self._timeout(timeout_s),
+                    now=time.monotonic(),
+                    stream_layers=stream_layers,
+                )
             )
             progress.transfers.incoming[receive_id] = Incoming(handle, table, ready, timeline)
-        progress.tell(lambda: actions)
         return handle
 
     def _cancel_send(self, send_id: int) -> None:
-        progress = self._machinery.progress
-        progress.tell(lambda: progress.exchange.sender.cancel(send_id))
+        progress, reason = self._machinery.progress, "cancelled by the sender"
+        sender = progress.exchange.sender
+        progress.tell(lambda: sender.end(send_id, Outcome.CANCELLED, reason))
 
     def _cancel_receive(self, receive_id: int) -> None:
         progress, reason = self._machinery.progress, "cancelled by the receiver"
