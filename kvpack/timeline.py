@@ -27,13 +27,17 @@ class Timeline:
     def __init__(self, request_id: str, side: Side, device: str) -> None:
         self.builder = RecordBuilder(request_id, side, device, time.perf_counter())
         self._ranges: dict[tuple[Phase, int], int] = {}
+        self._record: TransferRecord | None = None
         self.begin(Phase.QUEUE)
 
     def begin(
         self, phase: Phase, key: int = 0, peer: str = "", chunk: int = -1, nbytes: int = 0
     ) -> None:
-        """Begin a phase that may outlast this turn; one that is under way under ``key`` goes on."""
-        if (phase, key) in self._ranges:
+        """Begin a phase that may outlast this turn; one that is under way under ``key`` goes on.
+
+        Nothing begins after the end of the transfer, which a late write may outlast.
+        """
+        if (phase, key) in self._ranges or self._record is not None:
             return
         request = self.builder.request
         self._ranges[phase, key] = ranges.start(phase, request, peer, chunk, nbytes)
@@ -75,4 +79,5 @@ class Timeline:
         """Close what is open and give the record."""
         for phase, key in list(self._ranges):
             self.end(phase, key)
-        return self.builder.finish(time.perf_counter(), outcome, reason)
+        self._record = self.builder.finish(time.perf_counter(), outcome, reason)
+        return self._record
