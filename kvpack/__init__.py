@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from kvpack.staging import (
         Staging as Staging,
     )
-    from kvpack.verify import (
+    from kvpack.verification import (
         Party as Party,
         Proof as Proof,
         Request as Request,
@@ -105,7 +105,7 @@ _ROOMS = {
     "kvpack.options": ("Options",),
     "kvpack.plan": ("Fragments", "Slice", "TransferPlan", "compile_plan"),
     "kvpack.staging": ("Staging",),
-    "kvpack.verify": ("Party", "Proof", "Request", "verify"),
+    "kvpack.verification": ("Party", "Proof", "Request", "verify"),
 }
 
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

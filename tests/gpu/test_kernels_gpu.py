@@ -125,8 +125,9 @@ def test_a_lane_of_more_than_4_gib(max_ctas):
 def test_a_busy_stream_gets_its_own_upload():
     """Many launches wait on one stream; none may see another's spans or ids."""
     case = large_case(seed=6, token_bytes=1024, tokens=16 * 40, block_tokens=16)
-    pool = torch.randint(0, 256, (case.pool_bytes[0],), dtype=torch.uint8, device="cuda")
-    blocks = pool.view(-1, 16 * 1024)
+    block_bytes = 16 * 1024
+    num_blocks = case.pool_bytes[0] // block_bytes
+    pool = torch.randint(0, 256, (num_blocks, block_bytes), dtype=torch.uint8, device="cuda")
     table = LaneTable(case.table([pool.data_ptr()]), "cuda")
     stream = torch.cuda.Stream()
     order = np.random.default_rng(6)
@@ -144,7 +145,7 @@ def test_a_busy_stream_gets_its_own_upload():
     assert not busy.query(), "the launches were to wait behind a busy stream"
     stream.synchronize()
     for ids, staging in zip(lists, stagings, strict=True):
-        wanted = blocks[torch.from_numpy(ids.astype(np.int64)).cuda()].view(-1)
+        wanted = pool[torch.from_numpy(ids.astype(np.int64)).cuda()].view(-1)
         assert torch.equal(staging, wanted)
 
 

@@ -15,7 +15,7 @@ MODULES = (
     "wire",
     "plan",
     "election",
-    "verify",
+    "verification",
 )
 
 

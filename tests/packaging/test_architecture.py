@@ -35,7 +35,7 @@ ROOMS = {
         "kvpack.layout",
         "kvpack.overlap",
         "kvpack.plan",
-        "kvpack.verify",
+        "kvpack.verification",
         "kvpack.wire",
     },
     "protocol": {"kvpack.protocol"},

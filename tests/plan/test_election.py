@@ -11,7 +11,7 @@ from kvpack.election import Election
 from kvpack.errors import CoverageError, IncompatibleLayoutsError
 from kvpack.layout import CacheLayout, ContextShard, Memory, Shard, declare
 from kvpack.plan import Slice, compile_plan
-from kvpack.verify import Party, Request, verify
+from kvpack.verification import Party, Request, verify
 
 REQUESTS = [f"request-{i}" for i in range(2000)]
 

@@ -14,7 +14,7 @@ from kvpack.errors import VerificationError
 from kvpack.kernels import expand
 from kvpack.layout import CacheLayout, Shard
 from kvpack.plan import Fragments, TransferPlan, compile_plan
-from kvpack.verify import Request, verify_fragments
+from kvpack.verification import Request, verify_fragments
 
 FIRST, LAST = 5, 41
 Tables = dict[str, np.ndarray]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.topology import Topology, elected_plans, random_topology, ship
 
-from kvpack.verify import Request, verify
+from kvpack.verification import Request, verify
 
 CASES = 2000
 BATCH = 100

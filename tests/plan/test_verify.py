@@ -11,7 +11,7 @@ from kvpack.blocks import NO_BLOCK
 from kvpack.errors import BlockListError, CoverageError, VerificationError
 from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Shard, declare
 from kvpack.plan import Fragments, compile_plan
-from kvpack.verify import Party, Proof, Request, verify, verify_fragments
+from kvpack.verification import Party, Proof, Request, verify, verify_fragments
 
 
 def pool(array: np.ndarray, group: int = 0, layer: int = 0) -> tuple[CacheTensor, ...]:

@@ -7,7 +7,7 @@ from kvpack.blocks import NO_BLOCK
 from kvpack.election import Election
 from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Memory, Shard, declare
 from kvpack.plan import Fragments, compile_plan
-from kvpack.verify import Party, Request, verify
+from kvpack.verification import Party, Request, verify
 
 SOURCE = 65536
 DESTINATION = 524288

@@ -18,7 +18,7 @@ from kvpack.election import Election
 from kvpack.kernels import LaneTable, gather, scatter
 from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Shard, declare
 from kvpack.plan import TransferPlan, compile_plan
-from kvpack.verify import Party
+from kvpack.verification import Party
 from kvpack.wire import chunk_origin
 
 HEADED = (
