@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class Link:
     _plans: OrderedDict[tuple[Side, Selection | None, bool], tuple[TransferPlan, LaneTable]] = (
         field(default_factory=OrderedDict)
     )
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def name(self) -> str:
@@ -130,15 +132,16 @@ class Link:
     ) -> tuple[TransferPlan, LaneTable]:
         """The plan with this peer, and this side's lane table on the device; compiled once."""
         key = (side, selection, stream_layers)
-        found = self._plans.get(key)
-        if found is None:
-            layouts = (self.mine, self.layout) if side == "source" else (self.layout, self.mine)
-            plan = compile_plan(*layouts, selection=selection, stream_layers=stream_layers)
-            found = self._plans[key] = (plan, self.bring(plan.table(side)))
-            if len(self._plans) > MAX_PLANS:
-                self._plans.popitem(last=False)
-        else:
-            self._plans.move_to_end(key)
+        with self._lock:  # callers of receive plan, and so does the turning thread
+            found = self._plans.get(key)
+            if found is None:
+                layouts = (self.mine, self.layout) if side == "source" else (self.layout, self.mine)
+                plan = compile_plan(*layouts, selection=selection, stream_layers=stream_layers)
+                found = self._plans[key] = (plan, self.bring(plan.table(side)))
+                if len(self._plans) > MAX_PLANS:
+                    self._plans.popitem(last=False)
+            else:
+                self._plans.move_to_end(key)
         return found
 
 
