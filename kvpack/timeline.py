@@ -22,10 +22,13 @@ class Timeline:
         Which end this is.
     device : str
         Of the staging memory.
+    started_s : float
+        When the caller asked for the transfer, by ``time.perf_counter``.
     """
 
-    def __init__(self, request_id: str, side: Side, device: str) -> None:
-        self.builder = RecordBuilder(request_id, side, device, time.perf_counter())
+    def __init__(self, request_id: str, side: Side, device: str, started_s: float) -> None:
+        self.builder = RecordBuilder(request_id, side, device, started_s)
+        self.builder.clock.begin(Phase.QUEUE, started_s)
         self._ranges: dict[tuple[Phase, int], int] = {}
         self._record: TransferRecord | None = None
         self.begin(Phase.QUEUE)
