@@ -39,6 +39,7 @@ class Driver:
         self._progress = progress
         self._options = options
         self._turning = threading.Lock()
+        self._turner: int | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if options.driver == "thread":
@@ -50,14 +51,30 @@ class Driver:
         """Whether turns are made by a thread of the endpoint's own."""
         return self._thread is not None
 
+    @property
+    def is_turning_here(self) -> bool:
+        """Whether the calling thread is inside a turn, as callbacks are."""
+        return self._turner == threading.get_ident()
+
     def turn(self) -> bool:
         """Make one turn, unless somebody is making one."""
         if not self._turning.acquire(blocking=False):
             return False
+        self._turner = threading.get_ident()
         try:
             return self._progress.turn()
         finally:
+            self._turner = None
             self._turning.release()
+
+    def try_turn(self) -> bool:
+        """Make one turn; what goes wrong in it is logged."""
+        try:
+            return self.turn()
+        except Exception:
+            # One turn's failure must not end everybody's transfers; their deadlines stand.
+            _logger.exception("a turn of endpoint %r failed", self._name)
+            return False
 
     def run(self, function: Callable[[], _T]) -> _T:
         """Run a function on the turning thread, and return or raise what it does.
@@ -67,17 +84,19 @@ class Driver:
         EndpointError
             If the turning thread does not come to it in time.
         """
-        if threading.current_thread() is self._thread:
+        if self.is_turning_here:
             return function()
         future = self._progress.call(function)
         deadline = time.monotonic() + self._options.connect_timeout_s
         while self._thread is None and not future.done() and time.monotonic() < deadline:
-            self.turn()
+            if not self.turn():
+                time.sleep(self._options.busy_poll_s)
         try:
             result: _T = future.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeoutError:
             if future.done():
                 raise
+            future.cancel()  # a call that was reported as failed must not be made later
             raise EndpointError(
                 f"endpoint {self._name!r} did not come to a call within "
                 f"{self._options.connect_timeout_s} s; whoever drives it is stuck"
@@ -85,24 +104,31 @@ class Driver:
         return result
 
     def stop(self) -> None:
-        """End the thread, if there is one; from then on only ``turn`` makes turns."""
+        """End the thread, if there is one; from then on only ``turn`` makes turns.
+
+        Raises
+        ------
+        EndpointError
+            If a turn does not end in time, as when a callback waits for something.
+        """
         self._stopped.set()
         self._progress.wake.set()
-        if self._thread is not None and threading.current_thread() is not self._thread:
-            self._thread.join()
+        if self._thread is None:
+            return
+        self._thread.join(self._options.connect_timeout_s)
+        if self._thread.is_alive():
+            raise EndpointError(
+                f"endpoint {self._name!r} cannot be taken apart: a turn of its thread has not "
+                f"ended within {self._options.connect_timeout_s} s; a callback of a transfer must "
+                "not block"
+            )
 
     def _run(self) -> None:
         progress, options = self._progress, self._options
         progress.copier.enter_thread()
         pause = options.busy_poll_s
         while not self._stopped.is_set():
-            try:
-                moved = self.turn()
-            except Exception:
-                # One turn's failure must not end everybody's transfers; their deadlines stand.
-                _logger.exception("a turn of endpoint %r failed", self._name)
-                moved = False
-            if moved:
+            if self.try_turn():
                 pause = options.busy_poll_s
             elif progress.is_busy:
                 time.sleep(options.busy_poll_s)

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 from kvpack.blocks import Blocks, block_table
@@ -230,13 +230,13 @@ class Endpoint:
         ProtocolError
             If ``aux`` is too long.
         """
+        started_s = time.perf_counter()
         self._check_open()
         table = block_table(self.layout, blocks, first, last, "source")
         for name in to or ():
             self._machinery.link(name)
-        send_id = next(self._ids)
-        handle = SendHandle(request_id, lambda: self._cancel_send(send_id), self._drive)
-        timeline = Timeline(request_id, "send", self._machinery.staging.device)
+        send_id, driver = next(self._ids), self._machinery.driver
+        handle = SendHandle(request_id, lambda: self._cancel_send(send_id), driver)
         deadline = time.monotonic() + self._timeout(timeout_s)
         progress = self._machinery.progress
         with progress.lock:  # so that nothing is done for the send before it is known
@@ -253,6 +253,7 @@ class Endpoint:
                     deadline=deadline,
                 )
             )
+            timeline = Timeline(request_id, "send", self._machinery.staging.device, started_s)
             progress.transfers.outgoing[send_id] = Outgoing(handle, table, ready, timeline)
         return handle
 
@@ -310,13 +311,12 @@ class Endpoint:
         UnknownPeerError
             If ``from_`` names an endpoint that is not connected.
         """
+        started_s = time.perf_counter()
         self._check_open()
         table = block_table(self.layout, blocks, first, last, "destination")
         sources = self._machinery.sources(request_id, from_, stream_layers, first, last)
-        receive_id = next(self._ids)
-        handle = ReceiveHandle(request_id, lambda: self._cancel_receive(receive_id), self._drive)
-        timeline = Timeline(request_id, "receive", self._machinery.staging.device)
-        timeline.builder.peers.extend(from_)
+        receive_id, driver = next(self._ids), self._machinery.driver
+        handle = ReceiveHandle(request_id, lambda: self._cancel_receive(receive_id), driver)
         progress = self._machinery.progress
         with progress.lock:  # so that nothing is done for the receive before it is known
             self._check_open()
@@ -333,6 +333,8 @@ class Endpoint:
                     stream_layers=stream_layers,
                 )
             )
+            timeline = Timeline(request_id, "receive", self._machinery.staging.device, started_s)
+            timeline.builder.peers.extend(from_)
             progress.transfers.incoming[receive_id] = Incoming(handle, table, ready, timeline)
         return handle
 
@@ -368,11 +370,6 @@ class Endpoint:
                 "Options(driver='caller') to drive it yourself"
             )
         return self._machinery.driver.turn()
-
-    @property
-    def _drive(self) -> Callable[[], bool] | None:
-        """What a handle calls while it waits."""
-        return None if self._machinery.driver.has_thread else self._machinery.driver.turn
 
     def capacity(self) -> Capacity:
         """Slots in use, transfers under way, and peers."""
@@ -410,10 +407,20 @@ class Endpoint:
         """Cancel what is under way, tell the peers, and give the staging memory back.
 
         Memory that a peer may still write to stays allocated until the process ends, and a warning
-        says so.
+        says so. It takes at most a few times ``options.connect_timeout_s``.
+
+        Raises
+        ------
+        EndpointError
+            If it is called in a callback of a transfer, or while one of them blocks.
         """
         if self._closed.is_set() or os.getpid() != self._pid:
             return
+        if self._machinery.driver.is_turning_here:
+            raise EndpointError(
+                f"endpoint {self.name!r} cannot close in a callback, whose thread has to bring its "
+                "transfers to their ends; close it from another thread"
+            )
         self._closed.set()
         self._machinery.close()
 

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from kvpack.errors import TransferError
+from kvpack.errors import EndpointError, TransferError
 from kvpack.profiling.records import TransferRecord
 
 _logger = logging.getLogger(__name__)
@@ -48,6 +48,21 @@ class ReceiveResult:
     aux: Mapping[str, bytes]
 
 
+class Driving(Protocol):
+    """Who brings a transfer to its end; what waiting for it depends on."""
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether a thread of its own does."""
+
+    @property
+    def is_turning_here(self) -> bool:
+        """Whether the calling thread is doing so now."""
+
+    def turn(self) -> bool:
+        """Do some of it; tells whether there was anything to do."""
+
+
 class TransferHandle(Generic[ResultT]):
     """A transfer under way. It ends once: done, failed, cancelled or timed out.
 
@@ -59,12 +74,10 @@ class TransferHandle(Generic[ResultT]):
         The request's id.
     """
 
-    def __init__(
-        self, request_id: str, cancel: Callable[[], None], drive: Callable[[], object] | None
-    ) -> None:
+    def __init__(self, request_id: str, cancel: Callable[[], None], driver: Driving) -> None:
         self.request_id = request_id
         self._cancel = cancel
-        self._drive = drive
+        self._driver = driver
         self._condition = threading.Condition()
         self._record: TransferRecord | None = None
         self._result: ResultT | None = None
@@ -101,6 +114,11 @@ class TransferHandle(Generic[ResultT]):
         -------
         bool
             Whether the transfer has ended.
+
+        Raises
+        ------
+        EndpointError
+            If it is called in a callback, which must not wait, before the end.
         """
         return self._wait_for(self.done, timeout_s)
 
@@ -117,6 +135,8 @@ class TransferHandle(Generic[ResultT]):
             How it ended otherwise; the message names request, peer and reason.
         TimeoutError
             If it has not ended within ``timeout_s``; it goes on.
+        EndpointError
+            As ``wait``.
         """
         if not self.wait(timeout_s):
             raise TimeoutError(
@@ -158,14 +178,21 @@ class TransferHandle(Generic[ResultT]):
         return self._record
 
     def _wait_for(self, reached: Callable[[], bool], timeout_s: float | None) -> bool:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if self._drive is None:
+        if reached():
+            return True
+        if self._driver.is_turning_here:
+            raise EndpointError(
+                f"request {self.request_id!r} cannot be waited for in a callback, which runs on "
+                "the thread that is to bring it to its end; add a callback to it instead"
+            )
+        if self._driver.has_thread:
             with self._condition:
                 return self._condition.wait_for(reached, timeout_s)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not reached():
             if deadline is not None and time.monotonic() >= deadline:
                 return False
-            if not self._drive():
+            if not self._driver.turn():
                 time.sleep(_POLL_S)
         return True
 

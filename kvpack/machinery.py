@@ -232,7 +232,7 @@ class Machinery:
         """Let copies, writes and last words end, and peers prove that they have drained."""
         quiet = 0
         while quiet < _QUIET_TURNS and time.monotonic() < deadline:
-            moved = self.driver.turn()
+            moved = self.driver.try_turn()
             waiting = self.progress.is_busy or self._receive_pool.counts().in_doubt
             quiet = 0 if moved or waiting else quiet + 1
             if not moved:

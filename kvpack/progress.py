@@ -134,6 +134,8 @@ class Progress:
         ran = bool(self._calls)
         while self._calls:
             function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except BaseException as error:
