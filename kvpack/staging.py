@@ -114,13 +114,13 @@ class Staging:
         self.receive_window = SlotWindow(
             self.send_window.slot_address(send_slots), slot_bytes, receive_slots
         )
-        self._users = 0
+        self._in_use = False
         self._closed = False
         self._freed = False
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self._users} users"
+        state = "closed" if self._closed else "in use" if self._in_use else "idle"
         return (
             f"Staging({self.device!r}, {self.nbytes}, slot_bytes={self.slot_bytes}, "
             f"send_slots={self.send_slots}, receive_slots={self.receive_slots}, {state})"
@@ -210,6 +210,8 @@ class Staging:
         ------
         ClosedError
             If the staging was closed.
+        StagingError
+            If it is in use: two endpoints would each hand out all of its slots.
         """
         with self._lock:
             if self._closed:
@@ -217,11 +219,17 @@ class Staging:
                     f"staging of {self.nbytes} bytes on {self.device} is closed; "
                     "open another Staging for a new endpoint"
                 )
-            self._users += 1
+            if self._in_use:
+                raise StagingError(
+                    f"staging of {self.nbytes} bytes on {self.device} is in use by another "
+                    "endpoint, which may be closed with peers that may still write to it; open "
+                    "another Staging"
+                )
+            self._in_use = True
             _acquired.add(self)
 
     def release(self) -> None:
-        """Undo one `acquire`; frees the memory if it was the last and the staging is closed.
+        """Undo `acquire`; frees the memory if the staging is closed.
 
         Raises
         ------
@@ -229,13 +237,12 @@ class Staging:
             If it was not acquired.
         """
         with self._lock:
-            if not self._users:
+            if not self._in_use:
                 raise StagingError("staging is released more often than it was acquired")
-            self._users -= 1
-            if not self._users:
-                _acquired.discard(self)
-                if self._closed:
-                    self._free()
+            self._in_use = False
+            _acquired.discard(self)
+            if self._closed:
+                self._free()
 
     def close(self) -> None:
         """Free the memory, now or, while an endpoint uses it, at that endpoint's release.
@@ -246,7 +253,7 @@ class Staging:
             if self._closed:
                 return
             self._closed = True
-            if not self._users:
+            if not self._in_use:
                 self._free()
 
     def __enter__(self) -> Staging:

@@ -127,12 +127,12 @@ def test_after_close_nothing_is_handed_out():
             use()
 
 
-def test_close_waits_for_the_last_user():
+def test_close_waits_for_the_user_of_whom_there_is_one_at_a_time():
     staging = Staging("cpu", 4 * SLOT, slot_bytes=SLOT)
     staging.acquire()
-    staging.acquire()
+    with pytest.raises(StagingError, match="in use by another endpoint"):
+        staging.acquire()
     staging.close()
-    staging.release()
     staging.slot_view("receive", 0, 1)[:] = 9
     staging.release()
     with pytest.raises(ClosedError):
