@@ -18,6 +18,7 @@ from kvpack.layout import CacheLayout
 from kvpack.machinery import Capacity, Machinery
 from kvpack.options import Options
 from kvpack.protocol import Outcome
+from kvpack.protocol.messages import MAX_NAME_CHARS
 from kvpack.rendezvous import exchange
 from kvpack.staging import Staging
 from kvpack.timeline import Timeline
@@ -44,8 +45,10 @@ class Endpoint:
     ------
     LayoutError
         If the cache is on a CUDA device and this machine has none.
+    EndpointError
+        If the name is empty or too long.
     StagingError
-        If the staging memory is elsewhere than the cache.
+        If the staging memory is elsewhere than the cache, or another endpoint uses it.
     TransportError
         If the transport cannot be opened.
 
@@ -77,6 +80,11 @@ class Endpoint:
         staging: Staging | None = None,
         options: Options | None = None,
     ) -> None:
+        if not 1 <= len(name) <= MAX_NAME_CHARS:
+            raise EndpointError(
+                f"endpoint name {name[:32]!r} has {len(name)} characters; it needs 1 to "
+                f"{MAX_NAME_CHARS}"
+            )
         self.name = name
         self.layout = layout
         self.options = Options.from_environment() if options is None else options
@@ -225,6 +233,8 @@ class Endpoint:
         BlockListError
             If the block list does not fit the range or the cache, or the range overlaps a send of
             the same request that is in flight.
+        EndpointError
+            If ``to`` is a single name.
         UnknownPeerError
             If ``to`` names an endpoint that is not connected.
         ProtocolError
@@ -233,7 +243,7 @@ class Endpoint:
         started_s = time.perf_counter()
         self._check_open()
         table = block_table(self.layout, blocks, first, last, "source")
-        for name in to or ():
+        for name in _names("to", to or ()):
             self._machinery.link(name)
         send_id, driver = next(self._ids), self._machinery.driver
         handle = SendHandle(request_id, lambda: self._cancel_send(send_id), driver)
@@ -305,7 +315,7 @@ class Endpoint:
         CoverageError
             If none of the senders has some wanted layer, head or position.
         EndpointError
-            If a receive of the same request is in flight.
+            If a receive of the same request is in flight, or ``from_`` is a single name.
         StagingError
             If the pools are too small for one token.
         UnknownPeerError
@@ -314,6 +324,7 @@ class Endpoint:
         started_s = time.perf_counter()
         self._check_open()
         table = block_table(self.layout, blocks, first, last, "destination")
+        from_, receivers = _names("from_", from_), _names("receivers", receivers)
         sources = self._machinery.sources(request_id, from_, stream_layers, first, last)
         receive_id, driver = next(self._ids), self._machinery.driver
         handle = ReceiveHandle(request_id, lambda: self._cancel_receive(receive_id), driver)
@@ -390,7 +401,7 @@ class Endpoint:
             If one is not connected.
         """
         self._check_open()
-        links = [self._machinery.link(name) for name in peers]
+        links = [self._machinery.link(name) for name in _names("peers", peers)]
         self._machinery.progress.copier.warmup()
         sides: tuple[Side, Side] = ("source", "destination")
         for link in links:
@@ -451,3 +462,10 @@ class Endpoint:
             )
         if self._closed.is_set():
             raise ClosedError(f"endpoint {self.name!r} is closed")
+
+
+def _names(argument: str, names: Sequence[str]) -> Sequence[str]:
+    """Refuse a single name where several are due: it is a sequence of one-letter names too."""
+    if isinstance(names, str):
+        raise EndpointError(f"{argument}={names!r} is one name; pass a list of them")
+    return names

@@ -178,8 +178,7 @@ def test_many_senders_and_many_receivers_at_once(group: Group) -> None:
         if not asked:
             continue
         names = [end.name for end in asked]
-        for end in senders:
-            handles.append(end.send(request, ours, 0, tokens, to=names))
+        handles += [end.send(request, ours, 0, tokens, to=names) for end in senders]
         for end in asked:
             theirs = lists[end.name, request]
             from_ = [sender.name for sender in senders]

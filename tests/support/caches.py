@@ -16,6 +16,7 @@ from kvpack import CacheLayout, Endpoint, Options, Shard, Staging, declare
 POISON = 0x5A
 PATIENCE_S = 30.0
 _POLL_S = 1e-3
+TWO_HEADS = Shard(0, 2, 2)
 
 
 @dataclass(eq=False)
@@ -32,7 +33,7 @@ class Cache:
         layers: int = 2,
         num_blocks: int = 64,
         block_tokens: int = 4,
-        heads: Shard = Shard(0, 2, 2),
+        heads: Shard = TWO_HEADS,
         dim: int = 8,
         dtype: str = "int16",
     ) -> Cache:
