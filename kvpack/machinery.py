@@ -33,7 +33,9 @@ from kvpack.transport.base import Device
 
 _logger = logging.getLogger(__name__)
 
-_QUIET_TURNS = 3
+_QUIET_S = 5e-3
+"""How long nothing must come before a closing endpoint stops to listen: a request that is on its
+way to it is then answered, and does not wait for its deadline."""
 
 
 @dataclass(frozen=True)
@@ -230,13 +232,17 @@ class Machinery:
 
     def _wind_down(self, deadline: float) -> None:
         """Let copies, writes and last words end, and peers prove that they have drained."""
-        quiet = 0
-        while quiet < _QUIET_TURNS and time.monotonic() < deadline:
+        now = busy_at = time.monotonic()
+        while now < deadline and now - busy_at < _QUIET_S:
             moved = self.driver.try_turn()
-            waiting = self.progress.is_busy or self._receive_pool.counts().in_doubt
-            quiet = 0 if moved or waiting else quiet + 1
-            if not moved:
+            if moved:
+                # Who asked for something in this turn is told too.
+                self.progress.tell(self.progress.exchange.close)
+            else:
                 time.sleep(self.options.busy_poll_s)
+            now = time.monotonic()
+            if moved or self.progress.is_busy or self._receive_pool.counts().in_doubt:
+                busy_at = now
 
 
 def _check_device(layout: CacheLayout) -> None:
