@@ -57,7 +57,7 @@ class Options:
     driver: Driver = "thread"
     busy_poll_s: float = 20e-6
     waiting_poll_s: float = 1e-3
-    idle_poll_s: float = 5e-3
+    idle_poll_s: float = 20e-3
 
     def __post_init__(self) -> None:
         for name, least in (("staging_bytes", 512), ("chunk_bytes", 256), ("max_ctas", 1)):
