@@ -92,14 +92,18 @@ class Transfers:
         """Begin and end the phases that a message marks: asking, being granted, the wire."""
         if isinstance(message, Want):
             for sent in list(self.outgoing.values()):
-                if sent.handle.request_id == message.request_id:
+                first, last = sent.blocks.first, sent.blocks.last
+                is_its_part = first <= message.first and message.last <= last
+                if sent.handle.request_id == message.request_id and is_its_part:
                     sent.timeline.end(Phase.QUEUE)
+                    sent.timeline.end(Phase.COMPLETE)
                     sent.timeline.begin(Phase.CREDIT, credit_key(peer), name_of(peer))
         elif isinstance(message, Grant):
             for received in list(self.incoming.values()):
                 if received.handle.request_id == message.request_id:
                     key = grant_key(peer, message.number)
                     received.timeline.end(Phase.QUEUE)
+                    received.timeline.end(Phase.COMPLETE)
                     received.timeline.begin(Phase.WIRE, key, name_of(peer), message.number)
 
     def end_send(self, ended: SendEnded) -> None:
