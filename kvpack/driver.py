@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
@@ -45,6 +47,7 @@ class Driver:
         if options.driver == "thread":
             self._thread = threading.Thread(target=self._run, name=f"kvpack {name}", daemon=True)
             self._thread.start()
+            _with_thread.add(self)
 
     @property
     def has_thread(self) -> bool:
@@ -111,10 +114,10 @@ class Driver:
         EndpointError
             If a turn does not end in time, as when a callback waits for something.
         """
+        if self._thread is None or not self._thread.is_alive():
+            return  # ended before, or in a forked child, which has its parent's locks too
         self._stopped.set()
         self._progress.wake.set()
-        if self._thread is None:
-            return
         self._thread.join(self._options.connect_timeout_s)
         if self._thread.is_alive():
             raise EndpointError(
@@ -139,3 +142,19 @@ class Driver:
                 if progress.wake.wait(pause):
                     pause = options.busy_poll_s
             progress.wake.clear()
+
+
+_with_thread: weakref.WeakSet[Driver] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End the threads of endpoints that nobody closed.
+
+    The interpreter would end them wherever they are, and inside NIXL that aborts the process.
+    """
+    for driver in list(_with_thread):
+        try:
+            driver.stop()
+        except EndpointError as error:
+            _logger.warning("%s", error)
