@@ -126,8 +126,10 @@ class Endpoint:
             If the bytes are not metadata, or of another protocol version.
         IncompatibleLayoutsError
             If the two cache layouts disagree.
+        EndpointError
+            If the peer has this endpoint's name, or uses another transport.
         TransportError
-            If the peer cannot be reached, or uses another transport.
+            If the peer cannot be reached, or has slots of another size.
         StagingError
             If the peers outnumber the slots of either pool.
         """
@@ -345,7 +347,7 @@ class Endpoint:
                 )
             )
             timeline = Timeline(request_id, "receive", self._machinery.staging.device, started_s)
-            timeline.builder.peers.extend(from_)
+            timeline.builder.peers.extend(dict.fromkeys(from_))
             progress.transfers.incoming[receive_id] = Incoming(handle, table, ready, timeline)
         return handle
 
@@ -425,14 +427,17 @@ class Endpoint:
         EndpointError
             If it is called in a callback of a transfer, or while one of them blocks.
         """
-        if self._closed.is_set() or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        if self._machinery.driver.is_turning_here:
+        if self._machinery.driver.is_turning_here and not self._closed.is_set():
             raise EndpointError(
                 f"endpoint {self.name!r} cannot close in a callback, whose thread has to bring its "
                 "transfers to their ends; close it from another thread"
             )
-        self._closed.set()
+        with self._machinery.progress.lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
         self._machinery.close()
 
     def __enter__(self) -> Endpoint:
