@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 from support.caches import PATIENCE_S, Cache, Flag, Group, is_idle, ship_once, until
@@ -141,6 +145,56 @@ def test_closing_while_many_threads_use_it_hangs_nobody(group: Group) -> None:
     assert not surprises
 
 
+def test_closing_from_many_threads_at_once_happens_once(loopback_group: Group) -> None:
+    for _ in range(20):
+        here = Cache.of()
+        end = loopback_group.open("end", here.layout)
+        together = threading.Barrier(6)
+        surprises: list[BaseException] = []
+
+        def close(end=end, together=together, surprises=surprises) -> None:
+            together.wait(PATIENCE_S)
+            try:
+                end.close()
+            except BaseException as error:
+                surprises.append(error)
+
+        threads = [threading.Thread(target=close) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert not surprises
+
+
+UNCLOSED = """
+import sys
+from support.caches import Cache, Group, ship_once
+
+group = Group(sys.argv[1])
+here, there = Cache.of().fill(1), Cache.of()
+prefill, decode = group.pair(here, there)
+ship_once(prefill, decode, here, there)
+decode.receive("open", [1], 0, 4, from_=["prefill"])
+print("shipped")
+"""
+
+
+@pytest.mark.parametrize("transport", ["loopback", "nixl"])
+def test_a_process_that_closes_nothing_ends_all_the_same(transport: str) -> None:
+    tests = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", UNCLOSED, transport],
+        cwd=tests,
+        env={**os.environ, "PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout) == (0, "shipped\n"), result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+
+
 def test_connecting_and_disconnecting_beside_transfers_disturbs_none(group: Group) -> None:
     here, there = Cache.of().fill(1), Cache.of()
     prefill, decode = group.pair(here, there)
@@ -165,13 +219,12 @@ def test_what_is_closed_is_forgotten(group: Group) -> None:
     threads = threading.active_count()
     prefill, decode = group.pair(here, there)
     ship_once(prefill, decode, here, there)
-    for end in (prefill, decode):
-        end.close()
-    group.endpoints.clear()
+    stagings = [weakref.ref(staging) for staging in group.stagings]
     gone = [weakref.ref(end) for end in (prefill, decode)]
-    del prefill, decode, end
+    group.close()
+    del prefill, decode
     gc.collect()
-    assert [end() for end in gone] == [None, None]
+    assert [thing() for thing in gone + stagings] == [None] * 4
     assert threading.active_count() == threads
 
 

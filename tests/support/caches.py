@@ -107,7 +107,7 @@ class Group:
     def __init__(self, transport: str) -> None:
         self.transport = transport
         self.endpoints: list[Endpoint] = []
-        self._stagings: list[Staging] = []
+        self.stagings: list[Staging] = []
 
     def open(
         self,
@@ -121,7 +121,7 @@ class Group:
         """Open an endpoint on staging memory of its own."""
         chosen: dict[str, object] = {"transport": self.transport, "timeout_s": 20.0, **options}
         staging = Staging("cpu", staging_bytes, slot_bytes=slot_bytes)
-        self._stagings.append(staging)
+        self.stagings.append(staging)
         endpoint = Endpoint(name, layout, staging=staging, options=Options(**chosen))  # type: ignore[arg-type]
         self.endpoints.append(endpoint)
         return endpoint
@@ -143,10 +143,13 @@ class Group:
                     assert one.connect(metadata) == name
 
     def close(self) -> None:
+        """Close them, and let go of them."""
         for endpoint in self.endpoints:
             endpoint.close()
-        for staging in self._stagings:
+        for staging in self.stagings:
             staging.close()
+        self.endpoints.clear()
+        self.stagings.clear()
 
 
 def until(reached: Callable[[], bool], *driven: Endpoint, timeout_s: float = PATIENCE_S) -> None:
