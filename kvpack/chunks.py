@@ -21,8 +21,7 @@ from kvpack.protocol import (
 from kvpack.protocol.messages import Data
 from kvpack.timeline import Timeline
 from kvpack.transfers import Transfers, credit_key, grant_key
-from kvpack.transport import Transport
-from kvpack.transport import Write as PostedWrite
+from kvpack.transport import Transport, Write as PostedWrite
 from kvpack.wire import chunk_origin
 
 _logger = logging.getLogger(__name__)
