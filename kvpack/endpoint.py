@@ -348,7 +348,9 @@ class Endpoint:
             )
             timeline = Timeline(request_id, "receive", self._machinery.staging.device, started_s)
             timeline.builder.peers.extend(dict.fromkeys(from_))
-            progress.transfers.incoming[receive_id] = Incoming(handle, table, ready, timeline)
+            progress.transfers.incoming[receive_id] = Incoming(
+                handle, table, ready, timeline, tuple(spec.peer for spec in sources)
+            )
         return handle
 
     def _cancel_send(self, send_id: int) -> None:

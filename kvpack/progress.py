@@ -40,6 +40,10 @@ from kvpack.transport import Transport
 MAX_EARLY_MESSAGES = 256
 """Messages kept of peers that were given this endpoint's metadata before it was given theirs."""
 
+KNOCK_S = 1.0
+"""How often an open receive's senders are knocked at. What is sent to a peer that is gone is lost
+without a word, and only what is sent after it fails."""
+
 
 class Progress:
     """State machines, transport and copies of one endpoint, and the turns that join them.
@@ -89,6 +93,7 @@ class Progress:
             name_of=self.name_of,
             lose=self._lose,
         )
+        self._next_knock = 0.0
         self._actions: deque[Action] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._early: deque[tuple[str, bytes]] = deque(maxlen=MAX_EARLY_MESSAGES)
@@ -126,9 +131,23 @@ class Progress:
         if self._chunks.is_busy:
             moved |= self._chunks.poll()
         now = time.monotonic()
+        if now >= self._next_knock:
+            self._next_knock = now + KNOCK_S
+            self._knock()
         if now >= self.exchange.next_deadline:
             self.tell(lambda: self.exchange.tick(now))
         return self._do_actions() or moved
+
+    def _knock(self) -> None:
+        """Find out whether the senders of open receives are still there."""
+        awaited = {
+            key for received in list(self.transfers.incoming.values()) for key in received.peers
+        }
+        for key in awaited & self.links.keys():
+            try:
+                self.transport.notify(key, b"")
+            except TransportError as error:
+                self._lose(key, str(error))
 
     def _run_calls(self) -> bool:
         ran = bool(self._calls)
@@ -241,7 +260,7 @@ class Progress:
     def _arrived(self, peer: str, payload: bytes) -> None:
         """Take a notification; nothing in it can raise."""
         if not payload:
-            return  # a knock that makes the connection
+            return  # a knock
         if peer in self.links:
             self.tell(lambda: self.exchange.deliver(peer, payload, time.monotonic()))
         elif len(payload) <= MAX_MESSAGE_BYTES:

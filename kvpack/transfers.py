@@ -41,12 +41,13 @@ class Outgoing:
 
 @dataclass(eq=False, slots=True)
 class Incoming:
-    """A receive: under way, or ended with its blocks still in use."""
+    """A receive: under way, or ended with its blocks still in use; ``peers`` are senders' keys."""
 
     handle: ReceiveHandle
     blocks: BlockTable
     ready: Ready | None
     timeline: Timeline
+    peers: tuple[str, ...]
     is_ready: bool = False
 
 
