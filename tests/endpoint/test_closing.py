@@ -17,7 +17,6 @@ from support.caches import PATIENCE_S, Cache, Flag, Group, is_idle, ship_once, u
 from kvpack import (
     ClosedError,
     KvpackError,
-    TransferCancelledError,
     TransferError,
     TransferFailedError,
     UnknownPeerError,
@@ -87,9 +86,10 @@ def test_disconnecting_fails_what_is_open_and_connecting_again_works(group: Grou
 def test_a_restarted_peer_takes_its_former_selfs_place(group: Group) -> None:
     here, there, anew = Cache.of().fill(1), Cache.of(), Cache.of().fill(3)
     prefill, decode = group.pair(here, there)
-    waiting = decode.receive("r", [1], 0, 4, from_=["prefill"])
+    waiting = decode.receive("r", [1], 0, 4, from_=["prefill"], timeout_s=60.0)
     prefill.close()
-    with pytest.raises(TransferCancelledError, match="the sending endpoint was closed"):
+    # Told by the one that closes or, where the request came too late for it, found out.
+    with pytest.raises(TransferError, match=r"endpoint was closed|process has ended"):
         waiting.result(PATIENCE_S)
     again = group.open("prefill", anew.layout)
     group.meet(again, decode)
