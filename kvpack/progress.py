@@ -144,10 +144,7 @@ class Progress:
             key for received in list(self.transfers.incoming.values()) for key in received.peers
         }
         for key in awaited & self.links.keys():
-            try:
-                self.transport.notify(key, b"")
-            except TransportError as error:
-                self._lose(key, str(error))
+            self._notify(key, b"")
 
     def _run_calls(self) -> bool:
         ran = bool(self._calls)
@@ -204,10 +201,7 @@ class Progress:
         match action:
             case Post(peer, message):
                 self.transfers.mark_post(peer, message, self.name_of)
-                try:
-                    self.transport.notify(peer, encode(message))
-                except TransportError as error:
-                    self._lose(peer, str(error))
+                self._notify(peer, encode(message))
             case Gather(chunk):
                 self._chunks.gather(chunk)
             case Write(chunk, message):
@@ -265,6 +259,13 @@ class Progress:
             self.tell(lambda: self.exchange.deliver(peer, payload, time.monotonic()))
         elif len(payload) <= MAX_MESSAGE_BYTES:
             self._early.append((peer, payload))
+
+    def _notify(self, peer: str, payload: bytes) -> None:
+        """Send a peer a notification; if that fails, so do the transfers with it."""
+        try:
+            self.transport.notify(peer, payload)
+        except TransportError as error:
+            self._lose(peer, str(error))
 
     def _lose(self, peer: str, reason: str) -> None:
         """Fail the transfers with a peer, and no others."""
