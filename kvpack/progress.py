@@ -19,7 +19,6 @@ from kvpack.copies import Copier
 from kvpack.errors import TransportError
 from kvpack.links import Link
 from kvpack.protocol import (
-    MAX_MESSAGE_BYTES,
     Action,
     DestinationReleased,
     Exchange,
@@ -39,6 +38,9 @@ from kvpack.transport import Transport
 
 MAX_EARLY_MESSAGES = 256
 """Messages kept of peers that were given this endpoint's metadata before it was given theirs."""
+
+MAX_EARLY_BYTES = 1 << 16
+"""None of them is longer: what is kept of strangers stays within 16 MiB."""
 
 KNOCK_S = 1.0
 """How often an open receive's senders are knocked at. What is sent to a peer that is gone is lost
@@ -257,7 +259,7 @@ class Progress:
             return  # a knock
         if peer in self.links:
             self.tell(lambda: self.exchange.deliver(peer, payload, time.monotonic()))
-        elif len(payload) <= MAX_MESSAGE_BYTES:
+        elif len(payload) <= MAX_EARLY_BYTES:
             self._early.append((peer, payload))
 
     def _notify(self, peer: str, payload: bytes) -> None:
