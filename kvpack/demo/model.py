@@ -1,4 +1,4 @@
-"""The demo's model: a small Qwen3 of random weights, its prefill and its greedy decoding."""
+"""The demo's model: a small Qwen3 or Llama of random weights, its prefill and greedy decoding."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ class Prefill:
 
 
 class Model:
-    """A Qwen3 with random weights; equal arguments give equal weights in every process.
+    """A model with random weights; equal arguments give equal weights in every process.
 
     Parameters
     ----------
+    architecture : {"qwen3", "llama"}
+        Which model.
     layers, kv_heads, head_dim : int
         Shape of its cache.
     max_tokens : int
@@ -57,6 +59,7 @@ class Model:
 
     def __init__(
         self,
+        architecture: str,
         *,
         layers: int,
         kv_heads: int,
@@ -67,9 +70,13 @@ class Model:
         seed: int,
     ) -> None:
         # Costs seconds to import, and only the processes that run the model need it.
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-        config = Qwen3Config(
+        make_config, make_model = {
+            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+            "llama": (LlamaConfig, LlamaForCausalLM),
+        }[architecture]
+        config = make_config(
             vocab_size=_VOCABULARY,
             hidden_size=_HIDDEN,
             intermediate_size=2 * _HIDDEN,
@@ -83,7 +90,7 @@ class Model:
         )
         # Weights are drawn on the CPU, so that they do not depend on the device.
         torch.manual_seed(seed)
-        model: torch.nn.Module = Qwen3ForCausalLM(config)
+        model: torch.nn.Module = make_model(config)
         self._model = model.eval().to(device=device, dtype=dtype)
         self._device = device
         self._seed = seed

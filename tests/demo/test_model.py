@@ -12,8 +12,9 @@ pytest.importorskip("transformers")
 TOKENS, NEW_TOKENS, BLOCK = 200, 24, 32
 
 
-def make_model(seed: int, dtype: torch.dtype = torch.float32) -> Model:
+def make_model(seed: int, dtype: torch.dtype = torch.float32, architecture: str = "qwen3") -> Model:
     return Model(
+        architecture,
         layers=4,
         kv_heads=4,
         head_dim=64,
@@ -28,9 +29,12 @@ def decode(model: Model, prefill: Prefill) -> tuple[int, ...]:
     return model.decode(prefill.first_token, prefill.keys, prefill.values, NEW_TOKENS)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_from_the_cache_gives_the_undisturbed_tokens(dtype: torch.dtype) -> None:
-    model = make_model(0, dtype)
+def test_decoding_from_the_cache_gives_the_undisturbed_tokens(
+    dtype: torch.dtype, architecture: str
+) -> None:
+    model = make_model(0, dtype, architecture)
     prompt = model.prompt(TOKENS)
     undisturbed = model.generate(prompt, NEW_TOKENS)
     prefill = model.prefill(prompt)
@@ -52,9 +56,10 @@ def test_two_processes_would_build_the_same_model_prompt_and_cache() -> None:
     assert not torch.equal(one.prompt(TOKENS), make_model(8).prompt(TOKENS))
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 @pytest.mark.parametrize("seed", range(3))
-def test_wrong_keys_change_tokens_and_exchanged_blocks_do_not(seed: int) -> None:
-    model = make_model(seed)
+def test_wrong_keys_change_tokens_and_exchanged_blocks_do_not(seed: int, architecture: str) -> None:
+    model = make_model(seed, architecture=architecture)
     prompt = model.prompt(TOKENS)
     prefill = model.prefill(prompt)
     undisturbed = decode(model, prefill)
