@@ -34,6 +34,10 @@ if TYPE_CHECKING:
         UnknownPeerError as UnknownPeerError,
         VerificationError as VerificationError,
     )
+    from kvpack.explanation import (
+        Explanation as Explanation,
+        explain_topology as explain_topology,
+    )
     from kvpack.handles import (
         ReceiveHandle as ReceiveHandle,
         ReceiveResult as ReceiveResult,
@@ -51,6 +55,10 @@ if TYPE_CHECKING:
     from kvpack.options import (
         Options as Options,
     )
+    from kvpack.parallel import (
+        Parallelism as Parallelism,
+        Rank as Rank,
+    )
     from kvpack.plan import (
         Fragments as Fragments,
         Slice as Slice,
@@ -59,6 +67,10 @@ if TYPE_CHECKING:
     )
     from kvpack.staging import (
         Staging as Staging,
+    )
+    from kvpack.topology import (
+        Deployment as Deployment,
+        Topology as Topology,
     )
     from kvpack.verification import (
         Party as Party,
@@ -93,6 +105,7 @@ _ROOMS = {
         "UnknownPeerError",
         "VerificationError",
     ),
+    "kvpack.explanation": ("Explanation", "explain_topology"),
     "kvpack.handles": ("ReceiveHandle", "ReceiveResult", "SendHandle", "SendResult"),
     "kvpack.layout": (
         "CacheLayout",
@@ -103,8 +116,10 @@ _ROOMS = {
         "declare",
     ),
     "kvpack.options": ("Options",),
+    "kvpack.parallel": ("Parallelism", "Rank"),
     "kvpack.plan": ("Fragments", "Slice", "TransferPlan", "compile_plan"),
     "kvpack.staging": ("Staging",),
+    "kvpack.topology": ("Deployment", "Topology"),
     "kvpack.verification": ("Party", "Proof", "Request", "verify"),
 }
 

@@ -1,4 +1,4 @@
-"""Named shapes: what models cache, how engines lay it out, how ranks share it.
+"""Named shapes: what models cache, and how engines lay it out.
 
 The demo, the benchmarks and ``kvpack explain`` all take their numbers from here. Those of a model
 are in the public ``config.json`` of its Hugging Face repository (``num_hidden_layers``,
@@ -20,75 +20,16 @@ kimi-k2        moonshotai/Kimi-K2-Instruct
 
 Engine layouts are those of vLLM 0.33 (``LBHNC``: K and V side by side in a token's row), SGLang
 0.5 (a pool of tokens, K and V apart) and TensorRT-LLM's KV cache manager V2 (a block holds every
-layer). ``nhd`` and ``hnd`` are FlashInfer's names for the two row orders of a stacked cache.
+layer). ``nhd`` and ``hnd`` are FlashInfer's names for the two row orders of a stacked cache; they
+belong to no engine and have no block size of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvpack.layout import Shard
-
-__all__ = [
-    "ENGINE_LAYOUTS",
-    "MODELS",
-    "SINGLE_RANK",
-    "EngineLayout",
-    "ModelShape",
-    "Parallelism",
-    "Pieces",
-    "TensorKind",
-]
-
-
-@dataclass(frozen=True)
-class Parallelism:
-    """How the ranks of one side share a model.
-
-    Parameters
-    ----------
-    tp : int
-        Tensor parallel ranks; they share the KV heads.
-    pp : int
-        Pipeline parallel ranks; they share the layers.
-    cp : int
-        Context parallel ranks; they share the positions.
-    attention_dp : bool
-        Attention is data parallel over the `tp` ranks: each holds every head, but only of its own
-        requests.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    attention_dp: bool = False
-
-    def __post_init__(self) -> None:
-        for axis in ("tp", "pp", "cp"):
-            if getattr(self, axis) < 1:
-                raise ValueError(f"{axis}={getattr(self, axis)} must be at least 1")
-
-    @property
-    def attention_tp(self) -> int:
-        """Ranks among which the heads of one request are shared."""
-        return 1 if self.attention_dp else self.tp
-
-    def heads(self, total: int, tp_rank: int) -> Shard:
-        """Shard `total` KV heads: what tensor parallel rank `tp_rank` holds of a request."""
-        return Shard.balanced(total, self.attention_tp, 0 if self.attention_dp else tp_rank)
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks of this side."""
-        return self.tp * self.pp * self.cp
-
-    @property
-    def ranks_per_request(self) -> int:
-        """Ranks that hold a part of one request's cache."""
-        return self.attention_tp * self.pp * self.cp
-
-
-SINGLE_RANK = Parallelism()
+__all__ = ["ENGINE_LAYOUTS", "MODELS", "EngineLayout", "ModelShape", "TensorKind"]
 
 
 @dataclass(frozen=True)
@@ -99,8 +40,8 @@ class TensorKind:
     ----------
     names : tuple of str
         The tensors a layer stores, ``("k", "v")`` or ``("kv",)`` for one.
-    layers : range
-        Global ids of the layers that store them.
+    layers : sequence of int
+        Global ids of the layers that store them, ascending.
     heads : int or None
         KV heads that tensor parallel ranks share; None where rows have no head axis, so that every
         rank holds them whole.
@@ -113,7 +54,7 @@ class TensorKind:
     """
 
     names: tuple[str, ...]
-    layers: range
+    layers: Sequence[int]
     heads: int | None
     row_elements: int
     dtype_bytes: int | None = None
@@ -126,19 +67,6 @@ class TensorKind:
     def tokens_kept(self, tokens: int) -> int:
         """Tokens of a sequence of `tokens` that these layers still hold."""
         return tokens if self.window is None else min(tokens, self.window)
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """What an unpacked transfer would move: so many contiguous pieces of so many bytes each."""
-
-    count: int
-    piece_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all pieces together."""
-        return self.count * self.piece_bytes
 
 
 @dataclass(frozen=True)
@@ -158,8 +86,8 @@ class ModelShape:
 
     @property
     def num_layers(self) -> int:
-        """Layers that cache anything."""
-        return len({layer for kind in self.kinds for layer in kind.layers})
+        """Layers of the model: one more than the highest layer id."""
+        return 1 + max(layer for kind in self.kinds for layer in kind.layers)
 
     def token_bytes(self, dtype_bytes: int) -> int:
         """Bytes that one token takes in all layers and heads while no window has closed."""
@@ -179,47 +107,6 @@ class ModelShape:
             for kind in self.kinds
         )
 
-    def block_pieces(
-        self,
-        *,
-        tokens: int,
-        block_tokens: int,
-        dtype_bytes: int,
-        parallelism: Parallelism = SINGLE_RANK,
-        tp_rank: int = 0,
-    ) -> tuple[Pieces, ...]:
-        """Count the pieces that one rank holds where each tensor's blocks are contiguous (HND).
-
-        Parameters
-        ----------
-        tokens : int
-            Tokens of the request; the last block counts whole.
-        block_tokens : int
-            Tokens of a block.
-        dtype_bytes : int
-            Bytes of an element of the cache.
-        parallelism : Parallelism
-            How heads are shared. Layers and positions are not divided here.
-        tp_rank : int
-            Whose heads to count.
-
-        Returns
-        -------
-        tuple of Pieces
-            One entry a kind, in the order of `kinds`.
-        """
-        pieces = []
-        for kind in self.kinds:
-            blocks = -(-kind.tokens_kept(tokens) // block_tokens)
-            heads = 1 if kind.heads is None else parallelism.heads(kind.heads, tp_rank).count
-            pieces.append(
-                Pieces(
-                    count=len(kind.layers) * len(kind.names) * blocks,
-                    piece_bytes=heads * block_tokens * kind.row_bytes(dtype_bytes),
-                )
-            )
-        return tuple(pieces)
-
 
 @dataclass(frozen=True)
 class EngineLayout:
@@ -234,14 +121,14 @@ class EngineLayout:
         Without ``kv``, K and V are tensors of their own; without ``layer``, so is each layer.
     latent_dims : str
         Axes of the tensor that holds rows without heads.
-    block_tokens : int
-        Tokens of a block unless said otherwise.
+    block_tokens : int or None
+        Tokens of the engine's own blocks; None for an order of rows that is no engine's.
     """
 
     name: str
     dims: str
     latent_dims: str
-    block_tokens: int
+    block_tokens: int | None = None
 
 
 def _grouped_query(
@@ -289,8 +176,8 @@ MODELS: dict[str, ModelShape] = {
 ENGINE_LAYOUTS: dict[str, EngineLayout] = {
     layout.name: layout
     for layout in (
-        EngineLayout("nhd", "kv block token head dim", "block token dim", block_tokens=16),
-        EngineLayout("hnd", "block kv head token dim", "block token dim", block_tokens=16),
+        EngineLayout("nhd", "kv block token head dim", "block token dim"),
+        EngineLayout("hnd", "block kv head token dim", "block token dim"),
         EngineLayout("vllm", "block head token (kv dim)", "block token dim", block_tokens=16),
         EngineLayout("sglang", "(block token) head dim", "(block token) dim", block_tokens=1),
         EngineLayout(

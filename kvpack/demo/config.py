@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvpack.errors import OptionsError
-from kvpack.shapes import ENGINE_LAYOUTS, EngineLayout, ModelShape, Parallelism, TensorKind
+from kvpack.parallel import Parallelism
+from kvpack.shapes import ENGINE_LAYOUTS, EngineLayout, ModelShape, TensorKind
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DEFAULT_BLOCK_TOKENS = {"prefill": 16, "decode": 32}
 _CHOICES = {
+    "model": ("qwen3", "llama"),
     "dtype": tuple(_DTYPE_BYTES),
     "device": ("auto", "cpu", "cuda"),
     "corrupt": ("none", "order", "keys", "bytes"),
@@ -37,6 +40,17 @@ class Side:
     layout: str
     block_tokens: int
 
+    @staticmethod
+    def of(
+        name: Literal["prefill", "decode"], tp: int, layout: str, block_tokens: int | None
+    ) -> Side:
+        """Make a side; its blocks are its engine's unless given, or 16 and 32 where no engine's."""
+        if block_tokens is None:
+            engine = ENGINE_LAYOUTS.get(layout)
+            own = engine.block_tokens if engine is not None else None
+            block_tokens = own or _DEFAULT_BLOCK_TOKENS[name]
+        return Side(name, tp, layout, block_tokens)
+
     @property
     def engine_layout(self) -> EngineLayout:
         """The layout that this side's cache is declared by."""
@@ -61,6 +75,8 @@ class DemoConfig:
     ----------
     prefill, decode : Side
         The two sides.
+    model : {"qwen3", "llama"}
+        Architecture; Qwen3 normalises its keys before they are cached, Llama does not.
     tokens : int
         Tokens of the prompt.
     new_tokens : int
@@ -90,6 +106,7 @@ class DemoConfig:
 
     prefill: Side
     decode: Side
+    model: str = "qwen3"
     tokens: int = 1000
     new_tokens: int = 32
     layers: int = 4
@@ -158,7 +175,7 @@ class DemoConfig:
     def shape(self) -> ModelShape:
         """The model's cache as a shape."""
         kind = TensorKind(("k", "v"), range(self.layers), self.kv_heads, self.head_dim)
-        return ModelShape("demo", (kind,))
+        return ModelShape(self.model, (kind,))
 
     @property
     def request_bytes(self) -> int:

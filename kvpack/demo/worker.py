@@ -127,7 +127,7 @@ def _end_with_parent() -> None:
 def _prefill(arguments: WorkerArguments, parent: _Parent) -> None:
     config, side = arguments.config, arguments.side
     device = _device(arguments)
-    heads = side.parallelism.heads(config.kv_heads, arguments.rank)
+    heads = side.parallelism.rank(arguments.rank).heads(config.kv_heads)
     model = _model(config, device)
     prompt = model.prompt(config.tokens)
     prefilled = model.prefill(prompt)
@@ -158,7 +158,7 @@ def _prefill(arguments: WorkerArguments, parent: _Parent) -> None:
 def _decode(arguments: WorkerArguments, parent: _Parent) -> None:
     config, side = arguments.config, arguments.side
     device = _device(arguments)
-    heads = side.parallelism.heads(config.kv_heads, arguments.rank)
+    heads = side.parallelism.rank(arguments.rank).heads(config.kv_heads)
     leader = arguments.rank == 0
     model = _model(config, device) if leader else None
     cache, blocks = _pools(arguments, heads, device)
@@ -216,6 +216,7 @@ def _device(arguments: WorkerArguments) -> torch.device:
 
 def _model(config: DemoConfig, device: torch.device) -> Model:
     return Model(
+        config.model,
         layers=config.layers,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,

@@ -22,7 +22,7 @@ def test_help_names_every_option_and_what_the_exit_codes_mean() -> None:
     result = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
     for option in (
-        "--prefill-tp", "--decode-tp", "--prefill-layout", "--decode-layout", "--prefill-block",
+        "--model", "--prefill-tp", "--decode-tp", "--prefill-layout", "--decode-layout", "--prefill-block",
         "--decode-block", "--tokens", "--new-tokens", "--device", "--corrupt", "--seed",
         "--timeout", "--json",
     ):  # fmt: skip
@@ -43,7 +43,7 @@ def test_help_version_and_usage_errors_import_neither_torch_nor_nixl(tmp_path: P
         "import sys\n"
         "for name in ('torch', 'triton', 'nixl', 'zmq', 'transformers'): sys.modules[name] = None\n"
         "from kvpack.cli import app\n"
-        "for arguments in (['--help'], ['version'], ['demo', '--help']):\n"
+        "for arguments in (['--help'], ['version'], ['demo', '--help'], ['explain', '--help']):\n"
         "    app(arguments, standalone_mode=False)\n"
     )
     result = subprocess.run(
@@ -58,6 +58,7 @@ def test_help_version_and_usage_errors_import_neither_torch_nor_nixl(tmp_path: P
     [
         (["--prefill-tp", "5"], "prefill tp=5 is outside 1 to 4, the model's KV heads"),
         (["--decode-tp", "0"], "decode tp=0 is outside 1 to 4"),
+        (["--model", "gpt2"], "model='gpt2' is not one of qwen3, llama"),
         (["--device", "tpu"], "device='tpu' is not one of auto, cpu, cuda"),
         (["--corrupt", "everything"], "corrupt='everything' is not one of none, order, keys"),
         (["--decode-layout", "lmcache"], "decode layout 'lmcache' is not one of nhd, hnd, vllm"),

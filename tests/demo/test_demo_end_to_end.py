@@ -97,16 +97,26 @@ def test_bytes_and_tokens_equal_those_of_the_undisturbed_run(arguments: tuple[st
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "block"),
-    [("vllm", "sglang", "1"), ("sglang", "vllm", "16"), ("trtllm", "nhd", "32")],
+    ("prefill", "decode", "model"),
+    [
+        ("vllm", "sglang", "qwen3"),
+        ("sglang", "vllm", "llama"),
+        ("trtllm", "sglang", "qwen3"),
+        ("vllm", "trtllm", "llama"),
+    ],
 )
-def test_engines_layouts_convert_into_each_other(prefill: str, decode: str, block: str) -> None:
+def test_engines_layouts_convert_into_each_other(prefill: str, decode: str, model: str) -> None:
     code, report = demo(
-        "--prefill-tp", "1", "--tokens", "500", "--new-tokens", "8",
-        "--prefill-layout", prefill, "--decode-layout", decode, "--decode-block", block,
+        "--prefill-tp", "1", "--tokens", "500", "--new-tokens", "8", "--model", model,
+        "--prefill-layout", prefill, "--decode-layout", decode,
     )  # fmt: skip
     assert code == 0
     assert report["ok"]
+    assert report["bytes_equal"]
+    assert report["tokens_equal"]
+    blocks = {"vllm": 16, "sglang": 1, "trtllm": 32}
+    for side, layout in (("prefill", prefill), ("decode", decode)):
+        assert report["config"][side]["block_tokens"] == blocks[layout]
 
 
 @pytest.mark.parametrize(

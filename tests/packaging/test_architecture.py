@@ -38,6 +38,13 @@ ROOMS = {
         "kvpack.verification",
         "kvpack.wire",
     },
+    "explanation": {
+        "kvpack.declaration",
+        "kvpack.explanation",
+        "kvpack.parallel",
+        "kvpack.shapes",
+        "kvpack.topology",
+    },
     "protocol": {"kvpack.protocol"},
     "kernels": {"kvpack.kernels"},
     "transport": {"kvpack.transport"},
@@ -47,13 +54,14 @@ ROOMS = {
 WALLS: dict[str, set[str]] = {
     "errors": set(),
     "plan": {"errors"},
+    "explanation": {"errors", "plan"},
     "protocol": {"errors", "plan"},
     "kernels": {"errors", "plan"},
     "transport": {"errors"},
     "profiling": set(),
     "staging": {"errors"},
 }
-PURE = ("errors", "plan", "protocol")
+PURE = ("errors", "plan", "explanation", "protocol")
 PURE_MAY_IMPORT = {"numpy", "msgspec"}
 CLOCKS = {"time", "datetime"}
 HEAVY = ("torch", "triton", "nixl", "zmq", "nvtx")
