@@ -186,6 +186,8 @@ def _shape(shape: str | tuple[dict[str, Any], ...], strict: bool) -> ModelShape:
                 "tables in a file"
             )
         return MODELS[shape]
+    if not shape:
+        raise OptionsError("[[shape]] declares nothing; give a table for each kind of cache tensor")
     return ModelShape(
         "declared", tuple(_kind(_convert(k, _Kind, "[[shape]]", strict)) for k in shape)
     )

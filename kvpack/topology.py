@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.blocks import NO_BLOCK, check_range, touched_blocks
+from kvpack.blocks import NO_BLOCK, touched_blocks
 from kvpack.dims import parse_dims
 from kvpack.errors import LayoutError, OptionsError
 from kvpack.layout import CacheLayout, CacheTensor, Memory, declare
@@ -98,9 +98,7 @@ class Topology:
     Raises
     ------
     OptionsError
-        If the dtype has no such name.
-    BlockListError
-        If the positions are empty or negative.
+        If the dtype has no such name, or no positions are left.
     """
 
     shape: ModelShape
@@ -116,7 +114,11 @@ class Topology:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise OptionsError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
-        check_range(self.first, self.tokens)
+        if not 0 <= self.first < self.tokens:
+            raise OptionsError(
+                f"first={self.first} is outside [0, {self.tokens}), the positions of a prompt of "
+                f"tokens={self.tokens}; at least one must be left to send"
+            )
 
     @property
     def request_bytes(self) -> int:
@@ -249,11 +251,11 @@ def _memory(
     address: int,
 ) -> tuple[Memory, int]:
     """A contiguous tensor of the axes at an address, and the next address that is free."""
-    unknown = sorted({axis for names in axes for axis in names} - set(sizes))
-    if unknown:
+    named = {axis for names in axes for axis in names}
+    if "dim" not in named or named - set(sizes):
         raise LayoutError(
-            f"axis {unknown[0]!r} in dims string {dims!r} has no size in a topology; write it with "
-            f"{', '.join(sizes)}"
+            f"dims string {dims!r} cannot be given a size; write it with dim and any of "
+            f"{', '.join(axis for axis in sizes if axis != 'dim')}"
         )
     shape = tuple(prod(sizes[axis] for axis in names) for names in axes)
     strides = tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
