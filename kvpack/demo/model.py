@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +72,11 @@ class Model:
         # Costs seconds to import, and only the processes that run the model need it.
         from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-        make_config, make_model = {
+        architectures: dict[str, tuple[Callable[..., Any], Callable[..., torch.nn.Module]]] = {
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
             "llama": (LlamaConfig, LlamaForCausalLM),
-        }[architecture]
+        }
+        make_config, make_model = architectures[architecture]
         config = make_config(
             vocab_size=_VOCABULARY,
             hidden_size=_HIDDEN,
@@ -90,7 +91,7 @@ class Model:
         )
         # Weights are drawn on the CPU, so that they do not depend on the device.
         torch.manual_seed(seed)
-        model: torch.nn.Module = make_model(config)
+        model = make_model(config)
         self._model = model.eval().to(device=device, dtype=dtype)
         self._device = device
         self._seed = seed
