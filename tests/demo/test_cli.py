@@ -22,9 +22,9 @@ def test_help_names_every_option_and_what_the_exit_codes_mean() -> None:
     result = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
     for option in (
-        "--model", "--prefill-tp", "--decode-tp", "--prefill-layout", "--decode-layout", "--prefill-block",
-        "--decode-block", "--tokens", "--new-tokens", "--device", "--corrupt", "--seed",
-        "--timeout", "--json",
+        "--model", "--prefill-tp", "--decode-tp", "--prefill-layout", "--decode-layout",
+        "--prefill-block", "--decode-block", "--tokens", "--new-tokens", "--device", "--corrupt",
+        "--seed", "--timeout", "--json",
     ):  # fmt: skip
         assert option in result.output
     assert "Exits with 0 if nothing differs, 1 if anything does" in words(result.output)

@@ -14,8 +14,7 @@ from kvpack.demo.display import Display
 from kvpack.demo.report import DemoReport, print_report
 from kvpack.demo.run import STAGES
 from kvpack.profiling.phases import Phase
-from kvpack.profiling.records import RecordBuilder, TransferRecord
-from kvpack.profiling.records import Side as RecordSide
+from kvpack.profiling.records import RecordBuilder, Side as RecordSide, TransferRecord
 
 CONFIG = DemoConfig(Side("prefill", 2, "hnd", 16), Side("decode", 1, "nhd", 32), new_tokens=3)
 
