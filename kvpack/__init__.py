@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvpack.blocks import (
         NO_BLOCK as NO_BLOCK,
+        kernel_blocks as kernel_blocks,
     )
     from kvpack.endpoint import (
         Capacity as Capacity,
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "kvpack.blocks": ("NO_BLOCK",),
+    "kvpack.blocks": ("NO_BLOCK", "kernel_blocks"),
     "kvpack.endpoint": ("Capacity", "Endpoint"),
     "kvpack.errors": (
         "BlockListError",

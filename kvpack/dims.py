@@ -5,9 +5,11 @@ Parentheses say that one axis of the tensor holds several, the last of them fast
 ``"(block token) head dim"`` is a token pool, ``"block head token (kv dim)"`` keeps K and V side by
 side in a token's row. An axis of size one that means nothing is written ``1``.
 
-The names ``block``, ``token``, ``layer``, ``kv`` and ``head`` are kvpack's; every other name is an
-inner axis, in the order in which its elements are counted (``dim``, ``bytes``, or ``hi`` and ``lo``
-of a vectorised head). Two sides may cut their inner axes differently as long as the product agrees.
+The names ``block``, ``token``, ``slot``, ``layer``, ``kv`` and ``head`` are kvpack's. A tensor has
+blocks of tokens, or slots: one for the state of each request (``"slot head dim state"``). Every
+other name is an inner axis, in the order in which its elements are counted (``dim``, ``bytes``, or
+``hi`` and ``lo`` of a vectorised head). Two sides may cut their inner axes differently as long as
+the product agrees.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 
 from kvpack.errors import LayoutError
 
-ADDRESSING_AXES = ("block", "token", "layer", "kv", "head")
+ADDRESSING_AXES = ("block", "token", "slot", "layer", "kv", "head")
 
 _ITEM = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")

@@ -8,7 +8,7 @@ request and receiver, so that copies share the work and every retry of the hash 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -36,7 +36,8 @@ class Election:
     Raises
     ------
     CoverageError
-        If no sender has a wanted layer, head or position.
+        If no sender has a wanted layer, head or position; an optional cache tensor that no sender
+        has is not wanted.
     IncompatibleLayoutsError
         If the senders deal out positions in ways that cannot be combined.
     """
@@ -51,15 +52,27 @@ class Election:
     def __post_init__(self) -> None:
         if not self.sources:
             raise CoverageError("a request needs at least one sender; from_ is empty")
-        for names in self._by_context():
-            heads = {
-                name: {(t.layer, t.name): t.heads for t in self.sources[name].tensors}
-                for name in names
-            }
-            for tensor in self.destination.tensors:
-                for start, stop, candidates in _cut(tensor, heads):
-                    holding = (tensor.layer, tensor.name, start, stop)
-                    self._contested.setdefault(candidates, []).append(holding)
+        wanted = self._wanted()
+        state = [tensor for tensor in wanted if tensor.state]
+        dealt_out = [tensor for tensor in wanted if not tensor.state]
+        self._contest(state, sorted(self.sources))
+        for names in self._by_context({t.block_tokens for t in dealt_out}):
+            self._contest(dealt_out, names)
+
+    def _wanted(self) -> list[CacheTensor]:
+        """The receiver's tensors, less the optional ones that no sender has."""
+        held = {(t.layer, t.name) for source in self.sources.values() for t in source.tensors}
+        return [t for t in self.destination.tensors if not t.optional or (t.layer, t.name) in held]
+
+    def _contest(self, wanted: Sequence[CacheTensor], names: Sequence[str]) -> None:
+        """Take note of who can send which heads of some tensors, among some senders."""
+        heads = {
+            name: {(t.layer, t.name): t.heads for t in self.sources[name].tensors} for name in names
+        }
+        for tensor in wanted:
+            for start, stop, candidates in _cut(tensor, heads):
+                holding = (tensor.layer, tensor.name, start, stop)
+                self._contested.setdefault(candidates, []).append(holding)
 
     def elect(self, salt: str) -> dict[str, Selection | None]:
         """Choose one sender for every piece.
@@ -89,8 +102,11 @@ class Election:
             self._memo[name, won] = None if won and won == possible else _slices(held)
         return self._memo[name, won]
 
-    def _by_context(self) -> Iterator[list[str]]:
-        """Names of the senders of each context rank whose positions the receiver wants."""
+    def _by_context(self, block_tokens: set[int]) -> Iterator[list[str]]:
+        """Names of the senders of each context rank whose positions the receiver wants.
+
+        ``block_tokens`` are the sizes of its blocks.
+        """
         contexts = {layout.context for layout in self.sources.values()}
         ways = {(c.ranks, c.interleave if c.ranks > 1 else 1) for c in contexts}
         if len(ways) > 1:
@@ -99,10 +115,9 @@ class Election:
                 "of one request must share one context parallelism"
             )
         (ranks, _), context = ways.pop(), next(iter(contexts))
-        tokens = {group.block_tokens for group in self.destination.groups}
         for rank in range(ranks):
             shard = ContextShard(rank, ranks, context.interleave)
-            if not any(residues(shard, t, self.destination.context, t) for t in tokens):
+            if not any(residues(shard, t, self.destination.context, t) for t in block_tokens):
                 continue
             names = [n for n in sorted(self.sources) if self.sources[n].context.rank == rank]
             if not names:

@@ -15,6 +15,7 @@ from kvpack.errors import ClosedError, EndpointError
 from kvpack.handles import ReceiveHandle, SendHandle
 from kvpack.lanes import Side
 from kvpack.layout import CacheLayout
+from kvpack.links import blocks_hold
 from kvpack.machinery import Capacity, Machinery
 from kvpack.options import Options
 from kvpack.protocol import Outcome
@@ -209,7 +210,9 @@ class Endpoint:
         request_id : str
             Chosen by the engine, the same on both sides.
         blocks : array_like of int, or one per layer group
-            Block list: exactly the blocks that positions ``[first, last)`` touch here.
+            Block list: exactly the blocks that positions ``[first, last)`` touch here. In a layer
+            group with a window it may lack what fell out of the window, and for state it is the
+            slot of the state after ``last`` positions, or empty.
         first, last : int
             Positions, absolute in the sequence.
         to : sequence of str, optional
@@ -263,6 +266,7 @@ class Endpoint:
                     final=final,
                     aux=aux,
                     deadline=deadline,
+                    check=blocks_hold(self.layout, table),
                 )
             )
             timeline = Timeline(request_id, "send", self._machinery.staging.device, started_s)
@@ -290,7 +294,8 @@ class Endpoint:
             Chosen by the engine, the same on both sides.
         blocks : array_like of int, or one per layer group
             Block list: exactly the blocks that positions ``[first, last)`` touch here.
-            ``NO_BLOCK`` skips a block.
+            ``NO_BLOCK`` skips a block. In a layer group with a window the list may begin with it,
+            and for state it is the request's slot.
         first, last : int
             Positions, absolute in the sequence. What a prefix cache holds already is left out.
         from_ : sequence of str

@@ -15,7 +15,8 @@ from math import gcd, lcm, prod
 from typing import Literal
 
 from kvpack.errors import IncompatibleLayoutsError
-from kvpack.layout import CacheTensor, ContextShard
+from kvpack.layout import CacheTensor, live_from
+from kvpack.shards import ContextShard
 
 Side = Literal["source", "destination"]
 
@@ -132,7 +133,8 @@ class Residue:
 
     Unit ``j`` covers the ``unit_tokens`` positions from ``p0 + j * period``; on a side it begins at
     local token ``phase + j * step``. Without context parallelism there is one residue, with
-    ``period == unit_tokens`` and ``p0 == 0``.
+    ``period == unit_tokens`` and ``p0 == 0``. Of a request only the last ``window`` positions
+    travel, all of them if that is None; a state is a window of one.
     """
 
     unit_tokens: int
@@ -142,6 +144,18 @@ class Residue:
     source_step: int
     destination_phase: int
     destination_step: int
+    window: int | None = None
+
+    def tokens(self, first: int, last: int, end: int) -> tuple[int, int]:
+        """What travels of positions ``[first, last)`` of a request that ends at ``end``.
+
+        Returns
+        -------
+        tuple of (int, int)
+            Positions of the residue before it, and in it.
+        """
+        before = self.tokens_before(min(live_from(self.window, first, end), last))
+        return before, self.tokens_before(last) - before
 
     def tokens_before(self, position: int) -> int:
         """How many positions of the residue lie below ``position``."""
@@ -224,12 +238,8 @@ def residues(
             destination.tokens_before(p0 + period) - destination.tokens_before(p0),
         )
         for p0 in range(0, period, unit)
-        if _holds(source, p0) and _holds(destination, p0)
+        if source.holds(p0) and destination.holds(p0)
     )
-
-
-def _holds(shard: ContextShard, position: int) -> bool:
-    return position // shard.interleave % shard.ranks == shard.rank
 
 
 def coalesce(axes: Iterable[PairAxis]) -> Form:
@@ -290,12 +300,22 @@ def check_compatible(source: CacheTensor, destination: CacheTensor) -> None:
         ("dtype", source.dtype, destination.dtype),
         ("elements a token and head", source.inner_items, destination.inner_items),
         ("heads in the model", source.heads.total, destination.heads.total),
+        ("one slot a request", source.state, destination.state),
     ):
         if ours != theirs:
             raise IncompatibleLayoutsError(
                 f"{source.title}: the source declares {what} = {ours}, the destination {theirs}; "
                 "both sides must serve the same model with the same cache format"
             )
+    if source.window is not None and (
+        destination.window is None or destination.window > source.window
+    ):
+        wanted = "all positions" if destination.window is None else f"{destination.window}"
+        raise IncompatibleLayoutsError(
+            f"{source.title}: the source keeps a window of {source.window} positions, the "
+            f"destination wants {wanted}; declare at most window={source.window} there, or a "
+            "larger one at the source"
+        )
     _refine(source, destination)
 
 

@@ -5,6 +5,10 @@ rank's memory, reduced to affine form: where block 0 begins and how many bytes l
 blocks, tokens, heads and inner elements. ``declare`` makes cache tensors from a tensor and a dims
 string; a ``CacheLayout`` gathers those of one rank and is all that a peer must know to plan
 against it.
+
+A state tensor (SSM or convolution state) has one slot a request instead of blocks of tokens. To a
+plan it is the limit of a sliding window: a slot is a block of one token, and of a request's
+positions only the last is kept, whose token is the state after all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import numpy as np
 from kvpack.dims import ADDRESSING_AXES, Axis, logical_axes
 from kvpack.errors import LayoutError
 from kvpack.overlap import check_disjoint, check_self_disjoint, extent
+from kvpack.shards import WHOLE_CONTEXT, ContextShard as ContextShard, Shard as Shard
 
 _ITEM_BYTES = {
     "float64": 8, "int64": 8, "uint64": 8,
@@ -31,87 +36,6 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 _MAX_ADDRESS = (1 << 63) - 1
-
-
-class Shard(msgspec.Struct, frozen=True, array_like=True):
-    """Which heads of a cache tensor a rank holds, and how many ranks hold the same ones.
-
-    Attributes
-    ----------
-    start, count, total : int
-        The rank holds the heads ``[start, start + count)`` of ``total``.
-    replica, replicas : int
-        This rank is number ``replica`` of ``replicas`` ranks with the same heads.
-    """
-
-    start: int = 0
-    count: int = 1
-    total: int = 1
-    replica: int = 0
-    replicas: int = 1
-
-    def __post_init__(self) -> None:
-        if self.start < 0 or self.count < 1 or self.start + self.count > self.total:
-            raise LayoutError(
-                f"shard of heads [{self.start}, {self.start + self.count}) does not lie within "
-                f"the {self.total} heads of the model"
-            )
-        if not 0 <= self.replica < self.replicas:
-            raise LayoutError(
-                f"replica {self.replica} is outside the {self.replicas} replicas of the shard"
-            )
-
-    @property
-    def stop(self) -> int:
-        """One past the last head held."""
-        return self.start + self.count
-
-    @staticmethod
-    def balanced(total: int, ranks: int, rank: int) -> Shard:
-        """Shard ``total`` heads over ``ranks`` ranks as evenly as possible.
-
-        With more ranks than heads, neighbouring ranks hold the same head and are its replicas.
-        Where the ranks do not divide the heads, intervals differ by at most one head.
-
-        Raises
-        ------
-        LayoutError
-            If ``rank`` is not in ``[0, ranks)`` or there are no heads.
-        """
-        if not 0 <= rank < ranks or total < 1:
-            raise LayoutError(f"rank {rank} of {ranks} cannot hold a share of {total} heads")
-        if ranks <= total:
-            start, stop = rank * total // ranks, (rank + 1) * total // ranks
-            return Shard(start, stop - start, total)
-        head = rank * total // ranks
-        first = -(-head * ranks // total)
-        last = -(-(head + 1) * ranks // total)
-        return Shard(head, 1, total, rank - first, last - first)
-
-
-class ContextShard(msgspec.Struct, frozen=True, array_like=True):
-    """Which positions a rank holds under context parallelism.
-
-    Positions are dealt out in runs of ``interleave``: position ``p`` belongs to rank
-    ``p // interleave % ranks``.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    interleave: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.rank < self.ranks and self.interleave >= 1):
-            raise LayoutError(
-                f"context shard rank {self.rank} of {self.ranks} with interleave "
-                f"{self.interleave} is not valid"
-            )
-
-    def tokens_before(self, position: int) -> int:
-        """How many positions below ``position`` this rank holds."""
-        periods, rest = divmod(position, self.interleave * self.ranks)
-        mine = min(max(rest - self.rank * self.interleave, 0), self.interleave)
-        return periods * self.interleave + mine
 
 
 @dataclass(frozen=True)
@@ -162,6 +86,12 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
         Bytes of one element.
     device : str
         Where the memory is.
+    window : int or None
+        How many positions at a request's end are kept; None: all of them.
+    state : bool
+        Whether a block is a request's slot. Then it has one token, and the window is 1.
+    optional : bool
+        Whether a receiver does without it where no sender has it.
     """
 
     layer: int
@@ -178,8 +108,18 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     item_bytes: int
     device: str = "cpu"
+    window: int | None = None
+    state: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise LayoutError(f"{self.title}: a window of {self.window} positions keeps nothing")
+        if self.state and (self.block_tokens, self.window) != (1, 1):
+            raise LayoutError(
+                f"{self.title}: a state tensor has blocks of one token and a window of 1, not "
+                f"{self.block_tokens} and {self.window}; declare it with a slot axis"
+            )
         if self.group < 0 or self.layer < 0:
             raise LayoutError(f"{self.title}: layer and layer group must not be negative")
         if self.address <= 0 or self.item_bytes not in (1, 2, 4, 8):
@@ -234,10 +174,31 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LayerGroup(msgspec.Struct, frozen=True, array_like=True):
-    """What the cache tensors that share one block list have in common."""
+    """What the cache tensors that share one block list have in common.
+
+    Attributes
+    ----------
+    block_tokens, num_blocks : int
+        Tokens a block, and blocks.
+    window : int or None
+        How many positions at a request's end are kept; None: all of them.
+    state : bool
+        Whether the list is one slot, which holds the request's state.
+    """
 
     block_tokens: int
     num_blocks: int
+    window: int | None = None
+    state: bool = False
+
+    def live_from(self, first: int, end: int) -> int:
+        """First position from ``first`` on that a request of ``end`` positions needs here."""
+        return live_from(self.window, first, end)
+
+
+def live_from(window: int | None, first: int, end: int) -> int:
+    """First position from ``first`` on within the window of a request that ends at ``end``."""
+    return first if window is None else max(first, end - window)
 
 
 class CacheLayout(msgspec.Struct, frozen=True, dict=True):
@@ -249,13 +210,14 @@ class CacheLayout(msgspec.Struct, frozen=True, dict=True):
         Each (layer, name) once. Tensors of one layer group must not overlap in memory; groups may
         alias each other.
     context : ContextShard
-        Positions held under context parallelism; all of them unless told otherwise.
+        Positions held under context parallelism; all of them unless told otherwise. State is not
+        dealt out by position: each rank holds the heads of it that it declares.
 
     Raises
     ------
     LayoutError
-        If a tensor is declared twice, the tensors of a group disagree on ``block_tokens``, overlap,
-        or do not share one device, or a layer group has no tensor.
+        If a tensor is declared twice, the tensors of a group disagree on block size or window,
+        mix blocks with slots, overlap, or do not share one device, or a layer group has no tensor.
 
     Examples
     --------
@@ -269,7 +231,7 @@ class CacheLayout(msgspec.Struct, frozen=True, dict=True):
     """
 
     tensors: Sequence[CacheTensor]
-    context: ContextShard = ContextShard()
+    context: ContextShard = WHOLE_CONTEXT
 
     def __post_init__(self) -> None:
         # Kept in canonical order, so that equal caches have equal layouts and both sides enumerate
@@ -292,11 +254,23 @@ class CacheLayout(msgspec.Struct, frozen=True, dict=True):
                 raise LayoutError(
                     f"layer group {index} has no cache tensor; number the groups from 0 on"
                 )
+            if len({t.state for t in members}) > 1:
+                state = next(t.title for t in members if t.state)
+                raise LayoutError(
+                    f"layer group {index} holds {state}, which has a slot a request, and cache "
+                    "tensors with blocks of tokens; declare state in a layer group of its own"
+                )
             sizes = sorted({t.block_tokens for t in members})
             if len(sizes) > 1:
                 raise LayoutError(
                     f"cache tensors of layer group {index} have blocks of {sizes} tokens; tensors "
                     "that share a block list share its block size"
+                )
+            windows = sorted({str(t.window) for t in members})
+            if len(windows) > 1:
+                raise LayoutError(
+                    f"cache tensors of layer group {index} have windows of {', '.join(windows)} "
+                    "positions; tensors that share a block list share its window"
                 )
             check_disjoint(index, [(t.title, t.address, t.axes, t.item_bytes) for t in members])
 
@@ -309,17 +283,26 @@ class CacheLayout(msgspec.Struct, frozen=True, dict=True):
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layer groups, in the order of a request's block lists."""
         return tuple(
-            LayerGroup(members[0].block_tokens, min(t.num_blocks for t in members))
+            LayerGroup(
+                members[0].block_tokens,
+                min(t.num_blocks for t in members),
+                members[0].window,
+                members[0].state,
+            )
             for members in (
                 [t for t in self.tensors if t.group == index]
                 for index in range(self.tensors[-1].group + 1)
             )
         )
 
+    def context_of(self, group: int) -> ContextShard:
+        """The positions of a layer group that this rank holds; any, where it is state."""
+        return WHOLE_CONTEXT if self.groups[group].state else self.context
+
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token over all cache tensors."""
-        return sum(t.token_bytes for t in self.tensors)
+        """Bytes of one token over all cache tensors but state."""
+        return sum(t.token_bytes for t in self.tensors if not t.state)
 
     def encode(self) -> bytes:
         """Serialise with msgpack."""
@@ -349,6 +332,8 @@ def declare(
     heads: Shard | None = None,
     group: int = 0,
     block_tokens: int | None = None,
+    window: int | None = None,
+    optional: bool = False,
 ) -> tuple[CacheTensor, ...]:
     """Declare what a tensor holds.
 
@@ -368,6 +353,12 @@ def declare(
         Layer group, that is which of the request's block lists addresses this tensor.
     block_tokens : int, optional
         Tokens a block, where the tensor's shape does not say: ``"(block token) head dim"``.
+    window : int, optional
+        How many positions at a request's end this layer group keeps: a sliding window. Only those
+        travel. A tensor with a ``slot`` axis keeps one state and takes no window.
+    optional : bool
+        Whether a receiver does without it where no sender has it, as with the layers of a draft
+        model.
 
     Returns
     -------
@@ -397,9 +388,15 @@ def declare(
     if block_tokens is not None:
         sizes["token"] = block_tokens
     axes = logical_axes(dims, memory.shape, memory.strides, sizes)
-    for needed in ("block", "token"):
+    state = "slot" in axes
+    if state and ("block" in axes or "token" in axes or window is not None):
+        raise LayoutError(
+            f"dims string {dims!r} has a slot axis, so one state a request: it can have neither "
+            "block nor token axis, nor a window"
+        )
+    for needed in () if state else ("block", "token"):
         if needed not in axes:
-            raise LayoutError(f"dims string {dims!r} has no {needed} axis")
+            raise LayoutError(f"dims string {dims!r} has no {needed} axis (nor a slot axis)")
     for axis, values in (("kv", names), ("layer", layers)):
         if axis not in axes and len(values) != 1:
             raise LayoutError(
@@ -415,6 +412,7 @@ def declare(
             f"dtype {memory.dtype!r} is not supported; declare rows of other formats as uint8"
         )
     item_bytes = _ITEM_BYTES[memory.dtype]
+    blocks = axes["slot" if state else "block"]
 
     def stride(axis: str) -> int:
         return axes.get(axis, Axis(1, 0)).stride * item_bytes
@@ -425,9 +423,9 @@ def declare(
             name=name,
             group=group,
             address=memory.address + i * stride("layer") + j * stride("kv"),
-            num_blocks=axes["block"].count,
-            block_stride=stride("block"),
-            block_tokens=axes["token"].count,
+            num_blocks=blocks.count,
+            block_stride=blocks.stride * item_bytes,
+            block_tokens=1 if state else axes["token"].count,
             token_stride=stride("token"),
             heads=heads if heads is not None else Shard(),
             head_stride=stride("head"),
@@ -439,6 +437,9 @@ def declare(
             dtype=memory.dtype,
             item_bytes=item_bytes,
             device=memory.device,
+            window=1 if state else window,
+            state=state,
+            optional=optional,
         )
         for i, layer in enumerate(layers)
         for j, name in enumerate(names)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from kvpack.blocks import BlockTable, check_held
 from kvpack.errors import ProtocolError
 from kvpack.kernels.table import LaneTable
 from kvpack.lanes import Side
 from kvpack.layout import CacheLayout
 from kvpack.plan import Selection, Slice, TransferPlan, compile_plan
-from kvpack.protocol import LaneSelection, PeerMetadata, Request
+from kvpack.protocol import CheckPart, LaneSelection, PeerMetadata, Request, Wire as ProtocolWire
 from kvpack.wire import Wire
 
 MAX_PLANS = 64
@@ -73,6 +74,16 @@ class PartWire:
         return self.wire.spans(self.side, wire_first, wire_last, block_offsets)
 
 
+def blocks_hold(layout: CacheLayout, blocks: BlockTable) -> CheckPart:
+    """The protocol's check of a send's parts: that its block lists hold what travels."""
+
+    def check(part: ProtocolWire) -> None:
+        assert isinstance(part, PartWire)
+        check_held(layout, blocks, part.wire.source_live, part.wire.last, part.wire.end)
+
+    return check
+
+
 @dataclass(eq=False)
 class Link:
     """A connected peer, in one incarnation.
@@ -125,7 +136,7 @@ class Link:
         """
         selection = from_rows(request.selection)
         plan, table = self.plan(side, selection, request.stream_layers)
-        return PartWire(plan.wire(first, last), table, side)
+        return PartWire(plan.wire(first, last, request.last), table, side)
 
     def plan(
         self, side: Side, selection: Selection | None, stream_layers: bool

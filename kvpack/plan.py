@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvpack.blocks import Blocks, BlockTable, block_table
+from kvpack.blocks import Blocks, BlockTable, block_table, check_held
 from kvpack.columns import Row, Span
 from kvpack.errors import CoverageError
 from kvpack.lanes import (
@@ -147,9 +147,17 @@ class TransferPlan:
         """The lanes of one class, in wire order."""
         return self.lanes[lane_class.first_lane : lane_class.first_lane + lane_class.lanes]
 
-    def wire(self, first: int, last: int) -> Wire:
-        """The wire bytes of positions ``[first, last)``."""
-        return Wire(self.classes, first, last)
+    def wire(self, first: int, last: int, end: int | None = None) -> Wire:
+        """The wire bytes of positions ``[first, last)`` of a request.
+
+        Parameters
+        ----------
+        first, last : int
+            Positions.
+        end : int, optional
+            Where the request ends, if not at ``last``: what windows and states are counted from.
+        """
+        return Wire(self.classes, first, last, last if end is None else end)
 
     def nbytes(self, first: int, last: int) -> int:
         """Bytes of cache that move for positions ``[first, last)``."""
@@ -187,8 +195,12 @@ class TransferPlan:
     def fragments_between(
         self, source: BlockTable, destination: BlockTable, first: int, last: int
     ) -> Fragments:
-        """As ``fragments``, from block tables that may cover more than ``[first, last)``."""
-        wire = self.wire(first, last)
+        """As ``fragments``, from block tables that may cover more than ``[first, last)``.
+
+        The request ends where the destination's table does.
+        """
+        wire = self.wire(first, last, destination.last)
+        check_held(self.source, source, wire.source_live, last, destination.last)
         parts: list[tuple[npt.NDArray[np.int64], ...]] = []
         spans = (
             wire.spans("source", 0, wire.total_bytes, source.offsets),
@@ -285,7 +297,7 @@ def compile_plan(
         for merged in merge_lanes(lanes, across_layers=not stream_layers)
         for lane in split_lane(merged)
     ]
-    found.sort(key=_wire_key)
+    found.sort(key=partial(_wire_key, stream_layers=stream_layers))
     classes: list[LaneClass] = []
     first_lane = 0
     for kind, members in groupby(found, key=_kind):
@@ -311,14 +323,14 @@ def check_layouts(source: CacheLayout, destination: CacheLayout) -> None:
         Naming the cache tensor, both declarations and the mend.
     """
     theirs = {(t.layer, t.name): t for t in destination.tensors}
-    sizes: set[tuple[int, int]] = set()
+    pairs: dict[tuple[int, int], tuple[CacheTensor, CacheTensor]] = {}
     for tensor in source.tensors:
         other = theirs.get((tensor.layer, tensor.name))
         if other is not None:
             check_compatible(tensor, other)
-            sizes.add((tensor.block_tokens, other.block_tokens))
-    for held, wanted in sizes:
-        residues(source.context, held, destination.context, wanted)
+            pairs[tensor.group, other.group] = (tensor, other)
+    for tensor, other in pairs.values():
+        _residues(source, tensor, destination, other)
 
 
 Piece = tuple[CacheTensor, CacheTensor, int, int]
@@ -360,17 +372,32 @@ def _selected(pieces: Sequence[Piece], selection: Selection) -> Iterator[Piece]:
 def _by_residue(
     source: CacheLayout, destination: CacheLayout, pieces: Sequence[Piece]
 ) -> Iterator[tuple[Residue, list[Lane]]]:
-    sizes = sorted({(t.block_tokens, w.block_tokens) for t, w, _, _ in pieces})
-    for held, wanted in sizes:
-        for residue in residues(source.context, held, destination.context, wanted):
+    def kind(piece: Piece) -> tuple[bool, int, int, int]:
+        tensor, wanted, _, _ = piece
+        return tensor.state, wanted.window or 0, tensor.block_tokens, wanted.block_tokens
+
+    for _, alike in groupby(sorted(pieces, key=kind), key=kind):
+        members = list(alike)
+        tensor, wanted, _, _ = members[0]
+        for residue in _residues(source, tensor, destination, wanted):
             yield (
                 residue,
                 [
-                    pair(tensor, other, (start, stop), residue.unit_tokens)
-                    for tensor, other, start, stop in pieces
-                    if (tensor.block_tokens, other.block_tokens) == (held, wanted)
+                    pair(tensor, wanted, (start, stop), residue.unit_tokens)
+                    for tensor, wanted, start, stop in members
                 ],
             )
+
+
+def _residues(
+    source: CacheLayout, tensor: CacheTensor, destination: CacheLayout, wanted: CacheTensor
+) -> Iterator[Residue]:
+    """The positions that two ranks share of a pair of cache tensors."""
+    contexts = [
+        layout.context_of(t.group) for layout, t in ((source, tensor), (destination, wanted))
+    ]
+    shared = residues(contexts[0], tensor.block_tokens, contexts[1], wanted.block_tokens)
+    return (replace(residue, window=wanted.window) for residue in shared)
 
 
 def _kind(found: tuple[Residue, Lane]) -> LaneClass:
@@ -391,10 +418,14 @@ def _kind(found: tuple[Residue, Lane]) -> LaneClass:
     )
 
 
-def _wire_key(found: tuple[Residue, Lane]) -> tuple[object, ...]:
-    """Canonical order: layer groups, class, layers; bases only break ties between split lanes."""
+def _wire_key(found: tuple[Residue, Lane], *, stream_layers: bool) -> tuple[object, ...]:
+    """Canonical order: layer groups, class, layers; bases only break ties between split lanes.
+
+    Where layers are to leave one by one, the layer comes first.
+    """
     kind, lane = _kind(found), found[1]
     return (
+        lane.layers if stream_layers else (),
         (kind.destination_group, kind.source_group, kind.residue.p0, kind.residue.unit_tokens),
         (kind.token_bytes, kind.source_widths, kind.destination_widths),
         (kind.full_counts, kind.clipped_counts),

@@ -6,7 +6,7 @@ at a time, and compares with the fragments that the plans of all senders give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -150,13 +150,22 @@ def verify_fragments(
     atom = gcd(*lengths, *(_row_bytes(t) for layout in layouts for t in layout.tensors))
     keys = sorted({(t.layer, t.name) for layout in layouts for t in layout.tensors})
     numbers = {key: number for number, key in enumerate(keys)}
-    address, identity = _atoms(destination, request, "destination", atom, numbers)
+    held_somewhere = {
+        (t.layer, t.name) for source in sources.values() for t in source.layout.tensors
+    }
+    wanted = [
+        t
+        for t in destination.layout.tensors
+        if not t.optional or (t.layer, t.name) in held_somewhere
+    ]
+    address, identity = _atoms(destination, wanted, request, "destination", atom, numbers)
     order = np.argsort(address, kind="stable")
     address, identity = address[order], identity[order]
     written, origin = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for source, found in parts:
         written.append(_spread(found.destination, found.nbytes, atom))
-        known, what = _atoms(sources[source], request, "source", atom, numbers)
+        party = sources[source]
+        known, what = _atoms(party, party.layout.tensors, request, "source", atom, numbers)
         order = np.argsort(known, kind="stable")
         known, what = known[order], what[order]
         read = _spread(found.source, found.nbytes, atom)
@@ -206,22 +215,33 @@ def _row_bytes(tensor: CacheTensor) -> int:
 
 
 def _atoms(
-    party: Party, request: Request, role: Role, atom: int, numbers: Mapping[tuple[int, str], int]
+    party: Party,
+    tensors: Sequence[CacheTensor],
+    request: Request,
+    role: Role,
+    atom: int,
+    numbers: Mapping[tuple[int, str], int],
 ) -> tuple[Int64s, Int64s]:
-    """Address and logical identity of every atom of the request that a party holds.
+    """Address and logical identity of every atom of the request that a party holds of tensors.
 
     ``numbers`` numbers each (layer, name) alike on both sides.
     """
     table = _table(party, request, role)
-    layout, first, last = party.layout, request.first, request.last
-    position = np.arange(first, last, dtype=np.int64)
-    shard = layout.context
-    position = position[position // shard.interleave % shard.ranks == shard.rank]
-    period = shard.interleave * shard.ranks
-    local = position // period * shard.interleave + position % shard.interleave
+    first, last, shard = request.first, request.last, party.layout.context
     addresses, identities = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for tensor in layout.tensors:
-        block = table.ids[local // tensor.block_tokens + table.offsets[tensor.group]]
+    for tensor in tensors:
+        if tensor.state:
+            position = local = np.array([last - 1], np.int64)
+        else:
+            begin = first if tensor.window is None else max(first, last - tensor.window)
+            position = np.arange(begin, last, dtype=np.int64)
+            position = position[position // shard.interleave % shard.ranks == shard.rank]
+            period = shard.interleave * shard.ranks
+            local = position // period * shard.interleave + position % shard.interleave
+        start, ids = table.of_group(tensor.group)
+        listed = local // tensor.block_tokens >= start
+        position, local = position[listed], local[listed]
+        block = ids[local // tensor.block_tokens - start]
         there = block >= 0
         offsets, row = _inner(tensor)
         inner = (offsets[:, None] + np.arange(0, row, atom)).reshape(-1)

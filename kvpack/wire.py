@@ -19,6 +19,7 @@ import numpy.typing as npt
 from kvpack.columns import Span
 from kvpack.errors import StagingError
 from kvpack.lanes import MAX_WIDTH, LaneClass, Side
+from kvpack.layout import live_from
 
 WIRE_ALIGNMENT = 16
 """Lane classes begin, and chunks are placed in staging, at multiples of so many bytes."""
@@ -57,19 +58,21 @@ class Wire:
         The plan's, in wire order.
     first, last : int
         Positions.
+    end : int
+        Where the whole request ends, of which they are a part: windows are counted from there.
     """
 
     classes: tuple[LaneClass, ...]
     first: int
     last: int
+    end: int
 
     @cached_property
     def _stretches(self) -> tuple[_Stretch, ...]:
         out: list[_Stretch] = []
         end = 0
         for lane_class in self.classes:
-            before = lane_class.residue.tokens_before(self.first)
-            tokens = lane_class.residue.tokens_before(self.last) - before
+            before, tokens = lane_class.residue.tokens(self.first, self.last, self.end)
             if tokens:
                 start = -(-end // WIRE_ALIGNMENT) * WIRE_ALIGNMENT
                 out.append(_Stretch(lane_class, start, before, tokens))
@@ -80,6 +83,16 @@ class Wire:
     def total_bytes(self) -> int:
         """Length of the wire range, alignment between lane classes included."""
         return self._stretches[-1].stop if self._stretches else 0
+
+    @cached_property
+    def source_live(self) -> dict[int, int]:
+        """Per layer group of the source that anything travels of, the first such position."""
+        live: dict[int, int] = {}
+        for stretch in self._stretches:
+            group, window = stretch.lane_class.source_group, stretch.lane_class.residue.window
+            first = live_from(window, self.first, self.end)
+            live[group] = min(first, live.get(group, first))
+        return live
 
     @cached_property
     def payload_bytes(self) -> int:

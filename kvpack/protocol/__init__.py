@@ -3,6 +3,7 @@
 from kvpack.protocol.actions import (
     WIRE_ALIGNMENT,
     Action,
+    CheckPart,
     DestinationReleased,
     Gather,
     IncomingChunk,
@@ -48,6 +49,7 @@ __all__ = [
     "TOKEN_BYTES",
     "WIRE_ALIGNMENT",
     "Action",
+    "CheckPart",
     "DestinationReleased",
     "Drop",
     "Exchange",

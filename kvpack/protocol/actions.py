@@ -39,6 +39,13 @@ class Wire(Protocol):
 WireOf: TypeAlias = Callable[[str, Request, int, int], Wire]
 """(peer, request, first, last) -> Wire of that part; a KvpackError is why the session ends."""
 
+CheckPart: TypeAlias = Callable[[Wire], None]
+"""Raises a KvpackError if the blocks of a send lack what a part of it needs."""
+
+
+def check_nothing(wire: Wire) -> None:
+    """For sends whose blocks hold every position of their range."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutgoingChunk:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvpack.errors import BlockListError, ProtocolError
-from kvpack.protocol.actions import OutgoingChunk, Wire
+from kvpack.protocol.actions import CheckPart, OutgoingChunk, Wire
 from kvpack.protocol.machine import SessionKey
 from kvpack.protocol.messages import MAX_AUX_BYTES, MAX_NAME_CHARS, Grant, Outcome, Request
 
@@ -23,6 +23,7 @@ class Send:
     to: tuple[str, ...] | None
     aux: bytes
     deadline: float
+    check: CheckPart
     ready: bool = False
     ended: bool = False
     released: bool = False
@@ -120,14 +121,22 @@ class Session:
 
     def uncovered(self) -> str:
         """Say what of the request the sends so far leave out; empty if nothing."""
-        covered = sum(part.last - part.first for part in self.parts)
-        if covered == self.request.last - self.request.first:
+        gaps, end = [], self.request.first
+        for first, last in sorted((part.first, part.last) for part in self.parts):
+            if first > end:
+                gaps.append((end, first))
+            end = last
+        if end < self.request.last:
+            gaps.append((end, self.request.last))
+        if not gaps:
             return ""
+        missing = ", ".join(f"[{a}, {b})" for a, b in gaps)
         sends = [s for s in self.offer.sends.values() if s.to is None or self.name in s.to]
         ranges = ", ".join(f"[{a}, {b})" for a, b in sorted((s.first, s.last) for s in sends))
         return (
             f"positions [{self.request.first}, {self.request.last}) were asked for, but "
-            f"{ranges or 'nothing'} is sent to {self.name}: ask for positions that are sent"
+            f"{ranges or 'nothing'} is sent to {self.name} and {missing} is missing: ask for "
+            "positions that are sent"
         )
 
 

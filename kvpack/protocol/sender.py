@@ -8,12 +8,14 @@ from kvpack.errors import KvpackError
 from kvpack.protocol.actions import (
     WIRE_ALIGNMENT,
     Action,
+    CheckPart,
     Gather,
     OutgoingChunk,
     SendEnded,
     SourceReleased,
     WireOf,
     Write,
+    check_nothing,
 )
 from kvpack.protocol.machine import Machine, SessionKey
 from kvpack.protocol.messages import (
@@ -88,15 +90,14 @@ class Sender(Machine):
         final: bool,
         aux: bytes,
         deadline: float,
+        check: CheckPart = check_nothing,
     ) -> list[Action]:
         """Offer positions [first, last) of a request to the endpoints named, or to whoever asks.
 
         Parameters
         ----------
-        send_id : int
-            Names the send in actions and calls; unique.
-        request_id : str
-            Several sends of one id carry ranges that do not overlap.
+        send_id, request_id : int, str
+            Names the send, uniquely; several sends of one request have disjoint ranges.
         first, last : int
             Positions, half open.
         to : tuple of str or None
@@ -107,6 +108,8 @@ class Sender(Machine):
             Delivered with the completion.
         deadline : float
             When it ends at the latest.
+        check : CheckPart
+            Called for each part of it; what it raises is why the session ends.
 
         Raises
         ------
@@ -118,7 +121,7 @@ class Sender(Machine):
         offer = self._offers.get(request_id) or Offer(request_id)
         offer.check_new(first, last, to, aux)
         self._offers[request_id] = offer
-        send = Send(send_id, offer, first, last, to, aux, self._watch(deadline))
+        send = Send(send_id, offer, first, last, to, aux, self._watch(deadline), check)
         offer.sends[send_id] = self._sends[send_id] = send
         offer.final = offer.final or final
         offer.expires = max(offer.expires, deadline)
@@ -155,10 +158,9 @@ class Sender(Machine):
         flight.send.gathering -= 1
         if flight.session.outcome is None:
             flight.writing = True
-            chunk = flight.chunk
-            landing = chunk.landing() | {"checksum": checksum}
+            landing = flight.chunk.landing() | {"checksum": checksum}
             message = self._message(Data, flight.session.key, **landing)
-            self._actions.append(Write(chunk, message))
+            self._actions.append(Write(flight.chunk, message))
         else:
             self._land(flight)
         self._release(flight.send)
@@ -172,8 +174,7 @@ class Sender(Machine):
     def chunk_failed(self, chunk_id: int, reason: str) -> list[Action]:
         """Take note that a chunk's gather or write is over, with an error."""
         flight = self._chunks[chunk_id]
-        if not flight.writing:
-            flight.send.gathering -= 1
+        flight.send.gathering -= not flight.writing
         if flight.session.outcome is None:
             self._end_session(flight.session, Outcome.FAILED, reason)
         self._land(flight)
@@ -256,7 +257,7 @@ class Sender(Machine):
         offer = self._offers.setdefault(request_id, Offer(request_id))
         name = self._peers.get(peer).name
         older = offer.sessions.get(name)
-        if older is not None and older.key[0] == peer and older.key[2] > attempt:
+        if older and older.key[0] == peer and older.key[2] > attempt:
             self._peers.drop(Drop.STALE_ATTEMPT)
             self._bury(key, Outcome.CANCELLED, "a later attempt came first")
             return None
@@ -353,6 +354,7 @@ class Sender(Machine):
                 return self._end_session(session, Outcome.FAILED, reason)
             try:
                 wire = self._wire_of(peer, request, first, last)
+                send.check(wire)
             except KvpackError as error:
                 return self._end_session(session, Outcome.FAILED, str(error))
             session.parts.append(Part(send, first, last, wire))
@@ -442,8 +444,7 @@ class Sender(Machine):
         # With chunks under way it can wait for decent slots; with none it takes what there is.
         least = max(piece, want // 2) if session.chunks else piece
         if piece > self._pool.largest_possible():
-            reason = self._too_large(part.wire.piece_bytes)
-            self._end_session(session, Outcome.FAILED, reason)
+            self._end_session(session, Outcome.FAILED, self._too_large(part.wire.piece_bytes))
             return False
         run = self._pool.take(want, least, session.key)
         if run is None:

@@ -35,6 +35,7 @@ ROOMS = {
         "kvpack.layout",
         "kvpack.overlap",
         "kvpack.plan",
+        "kvpack.shards",
         "kvpack.verification",
         "kvpack.wire",
     },

@@ -180,7 +180,7 @@ def test_lists_of_all_groups_are_packed_with_their_offsets() -> None:
     table = block_table(layout, [[5, 6, 7], [8, 9]], 20, 60, "source")
     assert table.ids.tolist() == [5, 6, 7, 8, 9]
     assert table.offsets == (-1, 3)
-    assert [(start, ids.tolist()) for start, ids in map(table.of_group, [layout] * 2, (0, 1))] == [
+    assert [(start, ids.tolist()) for start, ids in map(table.of_group, (0, 1))] == [
         (1, [5, 6, 7]),
         (0, [8, 9]),
     ]
