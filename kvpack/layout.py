@@ -134,7 +134,7 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
                     "must be positive and strides not negative (make a contiguous copy)"
                 )
         if not any(s == self.item_bytes for _, n, s in self.axes[1:] if n > 1) and any(
-            n > 1 for _, n, _ in self.axes[1:]
+            n > 1 for _, n, _ in self.axes[2:]
         ):
             raise LayoutError(
                 f"{self.title}: no axis of unit stride inside a block; kvpack moves runs of bytes, "

@@ -7,19 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from support.topology import (
-    HEADED,
-    HEADLESS,
-    WHOLE_CONTEXT,
-    Kind,
-    Model,
-    axes_of,
-    logical_views,
-    make_rank,
-)
+from support.models import HEADED, HEADLESS, Kind, Model
+from support.topology import axes_of, logical_views, make_rank
 
 from kvpack.errors import LayoutError
 from kvpack.layout import CacheTensor, Memory, Shard, declare
+from kvpack.shards import WHOLE_CONTEXT
 
 
 def address_of(view: np.ndarray, index: tuple[int, ...]) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support.topology import Kind, Model, Rank, Topology, elected_plans, make_rank, ship
+from support.models import Kind, Model
+from support.shipping import elected_plans, ship
+from support.topology import Rank, Topology, make_rank
 
 from kvpack.blocks import block_table
 from kvpack.columns import Row

@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from support.topology import elected_plans, random_topology, ship
+from support.shipping import elected_plans, ship
+from support.topology import random_topology
 
 from kvpack.blocks import NO_BLOCK
 from kvpack.errors import BlockListError, CoverageError, VerificationError

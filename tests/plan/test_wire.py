@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from support.topology import chunks_of, elected_plans, random_topology
+from support.shipping import chunks_of, elected_plans
+from support.topology import random_topology
 
 from kvpack.blocks import block_table
 from kvpack.columns import Row, Span
@@ -50,7 +51,7 @@ def test_chunks_cover_the_wire_once_in_order_and_fit() -> None:
                 wire = plan.wire(case.first, case.last)
                 least = wire.piece_bytes
                 for limit in (least, rng.randint(least, 4 * least), wire.total_bytes + 16):
-                    chunks = chunks_of(plan, case.first, case.last, limit)
+                    chunks = chunks_of(plan.wire(case.first, case.last), limit)
                     edges = [start for start, _ in chunks] + [stop for _, stop in chunks[-1:]]
                     assert edges[:1] in ([], [0])
                     assert edges[-1:] in ([], [wire.total_bytes])
@@ -172,7 +173,7 @@ def test_spans_of_both_sides_are_the_same_staging_bytes() -> None:
         for _, plan in elected_plans(case, case.destinations[0], "request", bool(seed % 2)):
             least = plan.wire(case.first, case.last).piece_bytes
             limit = rng.randint(least, 10 * least)
-            for chunk in chunks_of(plan, case.first, case.last, limit):
+            for chunk in chunks_of(plan.wire(case.first, case.last), limit):
                 ours, theirs = spans_by_side(plan, case.first, case.last, chunk)
                 same = [c for c in Span if c not in (Span.BLOCKS, Span.WIDTH)]
                 assert (ours[:, same] == theirs[:, same]).all()
@@ -189,7 +190,7 @@ def test_spans_of_any_chunking_move_the_fragments() -> None:
             wire = plan.wire(case.first, case.last)
             limit = rng.randint(wire.piece_bytes, 10 * wire.piece_bytes)
             pieces = []
-            for chunk in chunks_of(plan, case.first, case.last, limit):
+            for chunk in chunks_of(plan.wire(case.first, case.last), limit):
                 read, written = (
                     np.asarray(
                         expand(plan.table(side), wire.spans(side, *chunk, lists.offsets), lists.ids)
@@ -223,7 +224,7 @@ def test_every_address_of_a_span_is_a_multiple_of_its_width() -> None:
         for _, plan in elected_plans(case, to, "request", False):
             wire = plan.wire(case.first, case.last)
             limit = max(wire.piece_bytes, wire.total_bytes // 5)
-            for chunk in chunks_of(plan, case.first, case.last, limit):
+            for chunk in chunks_of(plan.wire(case.first, case.last), limit):
                 for span in wire.spans("destination", *chunk, wanted.offsets):
                     width = int(span[Span.WIDTH])
                     widths.add(width)
