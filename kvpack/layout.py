@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import msgspec
@@ -165,7 +166,7 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
     @property
     def inner_items(self) -> int:
         """Elements of one token and head."""
-        return int(np.prod([n for n, _ in self.inner], dtype=np.int64))
+        return prod(n for n, _ in self.inner)
 
     @property
     def token_bytes(self) -> int:

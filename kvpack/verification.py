@@ -98,6 +98,8 @@ def verify(
         chosen = Election(layouts, party.layout).elect(f"{request.request_id}/{name}")
         parts: list[tuple[str, Fragments]] = []
         for source, selection in chosen.items():
+            if selection == ():
+                continue
             plan = compile_plan(
                 layouts[source],
                 party.layout,
