@@ -307,15 +307,6 @@ def check_compatible(source: CacheTensor, destination: CacheTensor) -> None:
                 f"{source.title}: the source declares {what} = {ours}, the destination {theirs}; "
                 "both sides must serve the same model with the same cache format"
             )
-    if source.window is not None and (
-        destination.window is None or destination.window > source.window
-    ):
-        wanted = "all positions" if destination.window is None else f"{destination.window}"
-        raise IncompatibleLayoutsError(
-            f"{source.title}: the source keeps a window of {source.window} positions, the "
-            f"destination wants {wanted}; declare at most window={source.window} there, or a "
-            "larger one at the source"
-        )
     _refine(source, destination)
 
 
