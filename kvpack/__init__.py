@@ -39,6 +39,9 @@ if TYPE_CHECKING:
         Explanation as Explanation,
         explain_topology as explain_topology,
     )
+    from kvpack.fragments import (
+        Fragments as Fragments,
+    )
     from kvpack.handles import (
         ReceiveHandle as ReceiveHandle,
         ReceiveResult as ReceiveResult,
@@ -61,7 +64,6 @@ if TYPE_CHECKING:
         Rank as Rank,
     )
     from kvpack.plan import (
-        Fragments as Fragments,
         Slice as Slice,
         TransferPlan as TransferPlan,
         compile_plan as compile_plan,
@@ -107,6 +109,7 @@ _ROOMS = {
         "VerificationError",
     ),
     "kvpack.explanation": ("Explanation", "explain_topology"),
+    "kvpack.fragments": ("Fragments",),
     "kvpack.handles": ("ReceiveHandle", "ReceiveResult", "SendHandle", "SendResult"),
     "kvpack.layout": (
         "CacheLayout",
@@ -118,7 +121,7 @@ _ROOMS = {
     ),
     "kvpack.options": ("Options",),
     "kvpack.parallel": ("Parallelism", "Rank"),
-    "kvpack.plan": ("Fragments", "Slice", "TransferPlan", "compile_plan"),
+    "kvpack.plan": ("Slice", "TransferPlan", "compile_plan"),
     "kvpack.staging": ("Staging",),
     "kvpack.topology": ("Deployment", "Topology"),
     "kvpack.verification": ("Party", "Proof", "Request", "verify"),

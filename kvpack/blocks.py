@@ -178,9 +178,9 @@ def check_held(
             since = max(context.position_of(lacking[0] * tokens), first)
             until = min(context.position_of(gap * tokens - 1) + 1, last)
             raise BlockListError(
-                f"positions [{first}, {last}) are needed of the request that ends at {end}, but the "
-                f"source, whose layer group {group} keeps a window of {kind.window} positions, has "
-                f"no block for [{since}, {until}); send before the engine gives them up"
+                f"positions [{first}, {last}) are needed of the request that ends at {end}, but "
+                f"the source, whose layer group {group} keeps a window of {kind.window} positions, "
+                f"has no block for [{since}, {until}); send before the engine gives them up"
             )
 
 

@@ -307,6 +307,12 @@ def check_compatible(source: CacheTensor, destination: CacheTensor) -> None:
                 f"{source.title}: the source declares {what} = {ours}, the destination {theirs}; "
                 "both sides must serve the same model with the same cache format"
             )
+    names = source.inner_names, destination.inner_names
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        raise IncompatibleLayoutsError(
+            f"{source.title}: the source counts its elements by ({', '.join(names[0])}), the "
+            f"destination by ({', '.join(names[1])}); declare a transposed view on one side"
+        )
     _refine(source, destination)
 
 

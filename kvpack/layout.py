@@ -93,6 +93,8 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
         Whether a block is a request's slot. Then it has one token, and the window is 1.
     optional : bool
         Whether a receiver does without it where no sender has it.
+    inner_names : tuple of str
+        What the declaration calls the inner axes.
     """
 
     layer: int
@@ -112,6 +114,7 @@ class CacheTensor(msgspec.Struct, frozen=True, array_like=True):
     window: int | None = None
     state: bool = False
     optional: bool = False
+    inner_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -441,6 +444,7 @@ def declare(
             window=1 if state else window,
             state=state,
             optional=optional,
+            inner_names=tuple(name_ for name_ in axes if name_ not in ADDRESSING_AXES),
         )
         for i, layer in enumerate(layers)
         for j, name in enumerate(names)

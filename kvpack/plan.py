@@ -19,6 +19,7 @@ import numpy.typing as npt
 from kvpack.blocks import Blocks, BlockTable, block_table, check_held
 from kvpack.columns import Row, Span
 from kvpack.errors import CoverageError
+from kvpack.fragments import Fragments, run_addresses
 from kvpack.lanes import (
     MAX_LEVELS,
     Form,
@@ -57,35 +58,6 @@ class Slice(NamedTuple):
 
 
 Selection = tuple[Slice, ...]
-
-
-class Fragments(NamedTuple):
-    """Runs of bytes that are contiguous on both sides: descriptors of an unpacked transfer.
-
-    Attributes
-    ----------
-    source, destination : ndarray of int64, shape (n,)
-        Byte addresses.
-    nbytes : ndarray of int64, shape (n,)
-        Length of each.
-    """
-
-    source: npt.NDArray[np.int64]
-    destination: npt.NDArray[np.int64]
-    nbytes: npt.NDArray[np.int64]
-
-    def merged(self) -> Fragments:
-        """Join neighbours in wire order that continue each other on both sides."""
-        if not len(self.nbytes):
-            return self
-        ends = self.nbytes[:-1]
-        joins = (self.source[1:] == self.source[:-1] + ends) & (
-            self.destination[1:] == self.destination[:-1] + ends
-        )
-        heads = np.flatnonzero(np.concatenate(([True], ~joins)))
-        return Fragments(
-            self.source[heads], self.destination[heads], np.add.reduceat(self.nbytes, heads)
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,8 +179,8 @@ class TransferPlan:
             wire.spans("destination", 0, wire.total_bytes, destination.offsets),
         )
         for ours, theirs in zip(*spans, strict=True):
-            held = _run_addresses(self.table("source"), ours, source.ids)
-            to = _run_addresses(self.table("destination"), theirs, destination.ids)
+            held = run_addresses(self.table("source"), ours, source.ids)
+            to = run_addresses(self.table("destination"), theirs, destination.ids)
             run_bytes = self.table("source")[ours[Span.ROW], Row.RUN_BYTES]
             skip = to < 0
             if skip.any():
@@ -247,11 +219,17 @@ class TransferPlan:
                 if residue.period == residue.unit_tokens
                 else f", every {residue.period} positions from {residue.p0}"
             )
-            lines.append(
-                f"  {names} of layers {layers}, heads {heads}: blocks of "
-                f"{lanes[0].source.block_tokens} tokens to blocks of "
+            group = self.destination.groups[lane_class.destination_group]
+            window = "" if group.window is None else f", the last {group.window} of a request"
+            units = (
+                f"blocks of {lanes[0].source.block_tokens} tokens to blocks of "
                 f"{lanes[0].destination.block_tokens}; units of {residue.unit_tokens} positions"
-                f"{every}, each {form.fragments} fragment(s) of {form.run_bytes:,} bytes; accesses "
+                f"{every}{window}, each"
+            )
+            lines.append(
+                f"  {names} of layers {layers}, heads {heads}: "
+                f"{'one slot a request,' if group.state else units} "
+                f"{form.fragments} fragment(s) of {form.run_bytes:,} bytes; accesses "
                 f"of {lane_class.source_widths[0]} bytes to gather and "
                 f"{lane_class.destination_widths[0]} to scatter."
             )
@@ -458,35 +436,6 @@ def _row(lane: Lane, form: Form, residue: Residue, side: Side) -> list[int]:
     ):
         values[columns[0]], values[columns[1]] = count, stride
     return [values[column] for column in Row]
-
-
-def _run_addresses(
-    table: npt.NDArray[np.int64], span: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]
-) -> npt.NDArray[np.int64]:
-    """Addresses of the runs of a span in wire order; -1 where the block is ``NO_BLOCK``."""
-    rows = table[span[Span.ROW] + 2 * np.arange(span[Span.LANES])]
-    row = rows[0]  # counts, block size and phase are those of the whole lane class
-    t = row[Row.PHASE] + (span[Span.UNIT] + np.arange(span[Span.UNITS])) * row[Row.STEP]
-    t += span[Span.TOKEN]
-    blocks = ids[t // row[Row.BLOCK_TOKENS] + span[Span.BLOCKS]].astype(np.int64)
-    units = np.multiply.outer(rows[:, Row.BLOCK_STRIDE], blocks)
-    units += np.multiply.outer(rows[:, Row.TOKEN_STRIDE], t % row[Row.BLOCK_TOKENS])
-    units += rows[:, Row.BASE, None]
-    tokens = int(span[Span.TOKENS]) if span[Span.FORM] else 1
-    inner = np.multiply.outer(rows[:, Row.TOKEN_STRIDE], np.arange(tokens))
-    for count, stride in (
-        (Row.COUNT0, Row.STRIDE0),
-        (Row.COUNT1, Row.STRIDE1),
-        (Row.COUNT2, Row.STRIDE2),
-    ):
-        if row[count] > 1:
-            steps = np.multiply.outer(rows[:, stride], np.arange(row[count]))
-            inner = (inner[:, :, None] + steps[:, None, :]).reshape(len(rows), -1)
-    out: npt.NDArray[np.int64] = (units[:, :, None] + inner[:, None, :]).reshape(-1)
-    if (blocks < 0).any():
-        held = np.broadcast_to(blocks[None, :, None] >= 0, (*units.shape, inner.shape[1]))
-        out[~held.reshape(-1)] = -1
-    return out
 
 
 def _intervals(values: Iterable[int]) -> str:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from kvpack.blocks import Blocks, BlockTable, Role, block_table
 from kvpack.election import Election
 from kvpack.errors import VerificationError
+from kvpack.fragments import Fragments
 from kvpack.layout import CacheLayout, CacheTensor
-from kvpack.plan import Fragments, compile_plan
+from kvpack.plan import compile_plan
 
 Int64s = npt.NDArray[np.int64]
 

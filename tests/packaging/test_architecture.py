@@ -31,6 +31,7 @@ ROOMS = {
         "kvpack.columns",
         "kvpack.dims",
         "kvpack.election",
+        "kvpack.fragments",
         "kvpack.lanes",
         "kvpack.layout",
         "kvpack.overlap",

@@ -3,9 +3,11 @@
 import random
 
 import numpy as np
+import pytest
 from support.shipping import chunks_of
 
 from kvpack.blocks import block_table
+from kvpack.errors import IncompatibleLayoutsError
 from kvpack.kernels import gather, scatter
 from kvpack.layout import CacheLayout, CacheTensor, Memory, Shard, declare
 from kvpack.plan import compile_plan
@@ -153,6 +155,19 @@ def test_vectorised_keys_land_in_plain_rows_and_back() -> None:
         where = (ours[position // tokens], slice(None), slice(None), position % tokens)
         assert (back_k[where] == k[where]).all()
         assert (back_v[where] == v[where]).all()
+
+
+def test_inner_axes_in_another_order_are_refused() -> None:
+    source = CacheLayout(declare(noise(480, 1).reshape(5, 4, 24), "slot tap channel",
+                                 layers=0, names="conv"))  # fmt: skip
+    destination = CacheLayout(declare(noise(480, 2).reshape(5, 24, 4), "slot channel tap",
+                                      layers=0, names="conv"))  # fmt: skip
+    with pytest.raises(
+        IncompatibleLayoutsError,
+        match=r"'conv' of layer 0: the source counts its elements by \(tap, channel\), the "
+        r"destination by \(channel, tap\); declare a transposed view on one side",
+    ):
+        compile_plan(source, destination)
 
 
 def test_a_transposed_view_of_a_state_lands_by_its_axes() -> None:

@@ -13,9 +13,10 @@ from support.topology import Rank, Topology, make_rank
 from kvpack.blocks import block_table
 from kvpack.columns import Row
 from kvpack.errors import VerificationError
+from kvpack.fragments import Fragments
 from kvpack.kernels import expand
 from kvpack.layout import CacheLayout, Shard
-from kvpack.plan import Fragments, TransferPlan, compile_plan
+from kvpack.plan import TransferPlan, compile_plan
 from kvpack.verification import Request, verify_fragments
 
 FIRST, LAST = 5, 41

@@ -9,8 +9,9 @@ from kvpack.blocks import NO_BLOCK, block_table, kernel_blocks
 from kvpack.columns import Span
 from kvpack.election import Election
 from kvpack.errors import BlockListError, CoverageError, LayoutError, VerificationError
+from kvpack.fragments import Fragments
 from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Shard, declare
-from kvpack.plan import Fragments, compile_plan
+from kvpack.plan import compile_plan
 from kvpack.verification import Party, Request, verify, verify_fragments
 
 FIRST, LAST, WINDOW = 3, 45, 10
@@ -107,6 +108,12 @@ def test_what_a_source_lacks_is_refused_when_it_is_asked_for(blocks: list, said:
     block_table(source, blocks, FIRST, LAST, "source")  # for whom it is not needed
     with pytest.raises(BlockListError, match=re.escape(said)):
         compile_plan(source, hybrid()).fragments(blocks, [SHORT, [3]], FIRST, LAST)
+
+
+def test_a_plan_says_what_of_a_window_and_a_state_moves() -> None:
+    said = compile_plan(hybrid(), hybrid()).explain(0, LAST)
+    assert "units of 8 positions, the last 10 of a request, each 1 fragment(s)" in said
+    assert "ssm of layers 1, heads 0-3: one slot a request, 1 fragment(s) of 60 bytes" in said
 
 
 def test_the_last_part_alone_carries_window_and_state() -> None:

@@ -10,8 +10,9 @@ from support.topology import random_topology
 
 from kvpack.blocks import NO_BLOCK
 from kvpack.errors import BlockListError, CoverageError, VerificationError
+from kvpack.fragments import Fragments
 from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Shard, declare
-from kvpack.plan import Fragments, compile_plan
+from kvpack.plan import compile_plan
 from kvpack.verification import Party, Proof, Request, verify, verify_fragments
 
 

@@ -5,8 +5,9 @@ import pytest
 
 from kvpack.blocks import NO_BLOCK
 from kvpack.election import Election
+from kvpack.fragments import Fragments
 from kvpack.layout import CacheLayout, CacheTensor, ContextShard, Memory, Shard, declare
-from kvpack.plan import Fragments, compile_plan
+from kvpack.plan import compile_plan
 from kvpack.verification import Party, Request, verify
 
 SOURCE = 65536
