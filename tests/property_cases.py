@@ -11,7 +11,7 @@ import argparse
 import time
 from collections import Counter
 
-from support.property_case import check_case, features
+from support.property_case import check_topology, features
 from support.topology import random_topology
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     for number, seed in enumerate(range(arguments.seed, arguments.seed + arguments.cases), 1):
         topology = random_topology(seed)
         counts.update(features(topology))
-        check_case(seed, topology=topology)
+        check_topology(topology, seed)
         if number % 1000 == 0 or number == arguments.cases:
             seconds = time.monotonic() - started
             print(f"{number} cases from seed {arguments.seed}, {seconds:.0f} s", flush=True)

@@ -13,8 +13,13 @@ from kvpack.blocks import BlockTable, block_table
 from kvpack.verification import Request, verify
 
 
-def check_case(seed: int, copies: Copies = TWINS, topology: Topology | None = None) -> None:
-    """Draw the case of a seed, move it in random parts and chunks, and compare and prove it.
+def check_case(seed: int, copies: Copies = TWINS) -> None:
+    """Draw the case of a seed and check it."""
+    check_topology(random_topology(seed), seed, copies)
+
+
+def check_topology(topology: Topology, seed: int, copies: Copies = TWINS) -> None:
+    """Move a topology's request in random parts and chunks, and compare and prove it.
 
     Raises
     ------
@@ -22,7 +27,6 @@ def check_case(seed: int, copies: Copies = TWINS, topology: Topology | None = No
         If a byte of any buffer of any rank is not what it has to be, naming the seed.
     """
     rng = random.Random(seed)
-    topology = random_topology(seed) if topology is None else topology
     stream_layers = rng.random() < 0.4
     first, last = topology.first, topology.last
     for rank in topology.sources:

@@ -129,8 +129,12 @@ def position_rank(shard: ContextShard, position: int) -> int:
 
 
 def random_topology(seed: int) -> Topology:
+    """The topology of a seed."""
+    return topology_of(random.Random(seed))
+
+
+def topology_of(rng: random.Random) -> Topology:
     """A model, prefill ranks, decode ranks and a range, all random, and always enough to serve."""
-    rng = random.Random(seed)
     model = Model.random(rng)
     first = rng.choice((0, rng.randrange(model.tokens)))
     last = rng.choice((model.tokens, rng.randint(first + 1, model.tokens)))
