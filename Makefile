@@ -6,13 +6,14 @@ BIN := $(CURDIR)/$(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CACHE := .cache
 
-.PHONY: help demo test test-unit test-interpreter test-loopback test-gpu lint types format clean
+.PHONY: help demo test test-unit test-interpreter test-loopback test-gpu property lint types format clean
 
 help:
 	@echo 'make demo              ship a small model'"'"'s KV cache between processes and check it'
 	@echo 'make demo ARGS="..."   the same with other options (kvpack demo --help)'
 	@echo 'make test              every suite that needs no GPU'
 	@echo 'make test-unit, test-interpreter, test-loopback, test-gpu   one suite'
+	@echo 'make property          20,000 random topologies, and every combination of parallelism'
 	@echo 'make lint, types, format, clean'
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -28,6 +29,11 @@ test: $(INSTALLED)
 
 test-unit test-interpreter test-loopback test-gpu: test-%: $(INSTALLED)
 	$(BIN)/python tests/run_suites.py $* $(if $(ARGS),-- $(ARGS))
+
+# More cases than the tests have time for; minutes to an hour.
+property: $(INSTALLED)
+	cd tests && $(BIN)/python property_cases.py $(ARGS)
+	cd tests && $(BIN)/python axis_combinations.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
