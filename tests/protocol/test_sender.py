@@ -34,9 +34,10 @@ def publish(
     to: tuple[str, ...] | None = ("d0",),
     final: bool = True,
     ready: bool = True,
+    **more: Any,
 ) -> None:
     actions = bench.sender.publish(
-        send_id, "r", first, last, to=to, final=final, aux=b"aux", deadline=50.0
+        send_id, "r", first, last, to=to, final=final, aux=b"aux", deadline=50.0, **more
     )
     bench.do(actions)
     if ready:
@@ -203,7 +204,30 @@ def test_a_range_that_no_send_covers_fails_at_once_naming_both(make_bench: Make)
     publish(bench, 2, 10, 20)
     (fail,) = bench.said(Fail)
     assert "[4, 20) were asked for, but [0, 8), [10, 20) is sent to d0" in fail.reason
+    assert "and [8, 10) is missing: ask for positions that are sent" in fail.reason
     assert {end.outcome for end in bench.asked(SendEnded)} == {Outcome.FAILED}
+
+
+def test_a_part_that_the_blocks_of_a_send_lack_ends_the_session_before_it_is_offered(
+    make_bench: Make,
+) -> None:
+    bench = make_bench("d0@1", "d1@1")
+    checked = []
+
+    def check(wire: Wire) -> None:
+        checked.append(wire.total_bytes)
+        if wire.total_bytes > 50:
+            raise BlockListError("the window is gone")
+
+    publish(bench, 1, 0, 8, to=("d0", "d1"), check=check)
+    ask(bench, "d0@1", first=0, last=8)
+    (fail,) = bench.said(Fail, "d0@1")
+    assert fail.reason == "the window is gone"
+    assert checked == [80]
+    assert not bench.said(Want)
+    ask(bench, "d1@1", first=3, last=8)
+    assert checked == [80, 50]
+    assert bench.said(Want, "d1@1")
 
 
 def test_whoever_is_not_named_gets_nothing(make_bench: Make) -> None:
