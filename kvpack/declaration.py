@@ -29,6 +29,14 @@ A model of one's own is a table for each kind of cache tensor::
     heads = 8                   # left out: rows that no rank divides, as MLA's
     dim = 128                   # elements of a row; or bytes = 656 for opaque rows
     window = 1024               # left out: all tokens are kept
+    only = "decode"             # left out: both sides have it
+
+    [[shape]]
+    names = ["ssm"]
+    layers = [1, 3, 5]
+    heads = 32
+    bytes = 65536
+    state = true                # one row a request, not one a token
 """
 
 from __future__ import annotations
@@ -36,7 +44,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -58,6 +66,8 @@ class _Kind(msgspec.Struct):
     dim: int | None = None
     bytes: int | None = None
     window: int | None = None
+    state: bool = False
+    only: Literal["prefill", "decode"] | None = None
 
 
 class _Side(msgspec.Struct):
@@ -188,9 +198,10 @@ def _shape(shape: str | tuple[dict[str, Any], ...], strict: bool) -> ModelShape:
         return MODELS[shape]
     if not shape:
         raise OptionsError("[[shape]] declares nothing; give a table for each kind of cache tensor")
-    return ModelShape(
-        "declared", tuple(_kind(_convert(k, _Kind, "[[shape]]", strict)) for k in shape)
-    )
+    kinds = tuple(_kind(_convert(kind, _Kind, "[[shape]]", strict)) for kind in shape)
+    if all(kind.only for kind in kinds):
+        raise OptionsError("[[shape]] has nothing on both sides; leave out only in one of them")
+    return ModelShape("declared", kinds)
 
 
 def _kind(kind: _Kind) -> TensorKind:
@@ -209,8 +220,20 @@ def _kind(kind: _Kind) -> TensorKind:
     for what, value in (("heads", kind.heads), ("dim or bytes", row), ("window", kind.window)):
         if value is not None and value < 1:
             raise OptionsError(f"[[shape]] {what}={value} must be at least 1")
+    if kind.state and kind.window is not None:
+        raise OptionsError(
+            f"[[shape]] names={list(kind.names)} has one state a request; leave out "
+            f"window={kind.window}"
+        )
     return TensorKind(
-        kind.names, layers, kind.heads, row, None if kind.bytes is None else 1, kind.window
+        names=kind.names,
+        layers=layers,
+        heads=kind.heads,
+        row_elements=row,
+        dtype_bytes=None if kind.bytes is None else 1,
+        window=kind.window,
+        state=kind.state,
+        only=kind.only,
     )
 
 

@@ -15,6 +15,8 @@ from kvpack.topology import Deployment
 __all__ = ["print_explanation"]
 
 _MIB = 1 << 20
+_SIZES = 3
+"""Sizes of fragments that a row names."""
 _WORDED = 3
 """Kinds of pair whose plans are put into words."""
 
@@ -67,12 +69,11 @@ def _table(*first: str) -> Table:
 
 
 def _cells(traffic: Traffic) -> list[str]:
-    sizes = [f"{size:,}" for size, _ in traffic.sizes[:2]]
-    if len(traffic.sizes) > 1:
-        sizes[0] += f" ({traffic.sizes[0][1]:,})"
-        sizes[1] += f" ({traffic.sizes[1][1]:,})"
-    if len(traffic.sizes) > 2:
-        sizes.append(f"{len(traffic.sizes) - 2} other sizes")
+    sizes = [f"{size:,}" for size, _ in traffic.sizes]
+    if len(sizes) > 1:
+        sizes = [f"{size:,} ({count:,})" for size, count in traffic.sizes[:_SIZES]]
+    if len(traffic.sizes) > _SIZES:
+        sizes.append(f"and {len(traffic.sizes) - _SIZES} more")
     return [
         f"{traffic.fragments:,}",
         "\n".join(sizes),

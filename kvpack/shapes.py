@@ -16,6 +16,8 @@ minimax-m2     MiniMaxAI/MiniMax-M2
 deepseek-r1    deepseek-ai/DeepSeek-R1; DeepSeek-V3 is alike
 deepseek-v3.2  deepseek-ai/DeepSeek-V3.2-Exp; rows as vLLM's ``fp8_ds_mla`` packs them
 kimi-k2        moonshotai/Kimi-K2-Instruct
+qwen3-next     Qwen/Qwen3-Next-80B-A3B-Instruct; every fourth layer attends, the others keep a
+               gated-delta state in float32 and three columns of each convolution in bfloat16
 =============  ================================================================
 
 Engine layouts are those of vLLM 0.33 (``LBHNC``: K and V side by side in a token's row), SGLang
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["ENGINE_LAYOUTS", "MODELS", "EngineLayout", "ModelShape", "TensorKind"]
 
@@ -51,6 +54,10 @@ class TensorKind:
         Bytes of an element where the kind fixes it (opaque rows: 1); None: the cache's dtype.
     window : int or None
         Tokens kept by a sliding window; None: all of them.
+    state : bool
+        One row a request instead of one a token: what a recurrent layer carries on.
+    only : {"prefill", "decode"} or None
+        The one side that has it, as a draft model's layers; None: both.
     """
 
     names: tuple[str, ...]
@@ -59,13 +66,17 @@ class TensorKind:
     row_elements: int
     dtype_bytes: int | None = None
     window: int | None = None
+    state: bool = False
+    only: Literal["prefill", "decode"] | None = None
 
     def row_bytes(self, dtype_bytes: int) -> int:
         """Bytes of one token in one head of one tensor, for a cache of `dtype_bytes` an element."""
         return self.row_elements * (self.dtype_bytes or dtype_bytes)
 
     def tokens_kept(self, tokens: int) -> int:
-        """Tokens of a sequence of `tokens` that these layers still hold."""
+        """Rows that these layers still hold of a sequence of `tokens`."""
+        if self.state:
+            return 1
         return tokens if self.window is None else min(tokens, self.window)
 
 
@@ -86,18 +97,19 @@ class ModelShape:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model: one more than the highest layer id."""
-        return 1 + max(layer for kind in self.kinds for layer in kind.layers)
+        """Layers of the model that both sides have: one more than the highest id among them."""
+        return 1 + max(layer for kind in self.kinds if kind.only is None for layer in kind.layers)
 
     def token_bytes(self, dtype_bytes: int) -> int:
         """Bytes that one token takes in all layers and heads while no window has closed."""
         return sum(
             len(kind.layers) * len(kind.names) * (kind.heads or 1) * kind.row_bytes(dtype_bytes)
             for kind in self.kinds
+            if not kind.state and kind.only is None
         )
 
     def request_bytes(self, tokens: int, dtype_bytes: int) -> int:
-        """Bytes that a request of `tokens` holds in all layers and heads, each replica but once."""
+        """Bytes of a request of `tokens` in all layers and heads of both sides, without copies."""
         return sum(
             len(kind.layers)
             * len(kind.names)
@@ -105,6 +117,7 @@ class ModelShape:
             * kind.row_bytes(dtype_bytes)
             * kind.tokens_kept(tokens)
             for kind in self.kinds
+            if kind.only is None
         )
 
 
@@ -130,6 +143,12 @@ class EngineLayout:
     latent_dims: str
     block_tokens: int | None = None
 
+    def dims_of(self, kind: TensorKind) -> str:
+        """Dims string of the tensors of a kind; states have a slot a request in every engine."""
+        if kind.state:
+            return "slot dim" if kind.heads is None else "slot head dim"
+        return self.latent_dims if kind.heads is None else self.dims
+
 
 def _grouped_query(
     name: str, layers: int, heads: int, head_elements: int, window: tuple[range, int] | None = None
@@ -148,6 +167,33 @@ def _latent(name: str, layers: int) -> ModelShape:
     return ModelShape(name, (TensorKind(("kv",), range(layers), None, 576),))
 
 
+def _gated_delta(
+    name: str,
+    *,
+    layers: int,
+    attending: int,
+    heads: int,
+    head_elements: int,
+    key_heads: int,
+    value_heads: int,
+    state_elements: int,
+    convolution_columns: int,
+) -> ModelShape:
+    """Attention in every `attending`-th layer, gated-delta and convolution states in the others."""
+    full = range(attending - 1, layers, attending)
+    others = tuple(layer for layer in range(layers) if layer not in full)
+    columns = state_elements * convolution_columns
+    return ModelShape(
+        name,
+        (
+            TensorKind(("k", "v"), full, heads, head_elements),
+            TensorKind(("ssm",), others, value_heads, state_elements**2, 4, state=True),
+            TensorKind(("conv.q", "conv.k"), others, key_heads, columns, 2, state=True),
+            TensorKind(("conv.v",), others, value_heads, columns, 2, state=True),
+        ),
+    )
+
+
 MODELS: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
@@ -161,6 +207,17 @@ MODELS: dict[str, ModelShape] = {
         _grouped_query("minimax-m2", layers=62, heads=8, head_elements=128),
         _latent("deepseek-r1", layers=61),
         _latent("kimi-k2", layers=61),
+        _gated_delta(
+            "qwen3-next",
+            layers=48,
+            attending=4,
+            heads=2,
+            head_elements=256,
+            key_heads=16,
+            value_heads=32,
+            state_elements=128,
+            convolution_columns=3,
+        ),
         ModelShape(
             "deepseek-v3.2",
             (

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kvpack.blocks import NO_BLOCK, touched_blocks
 from kvpack.dims import parse_dims
 from kvpack.errors import LayoutError, OptionsError
-from kvpack.layout import CacheLayout, CacheTensor, Memory, declare
+from kvpack.layout import CacheLayout, CacheTensor, Memory, Shard, declare
 from kvpack.parallel import Parallelism, Rank
 from kvpack.shapes import EngineLayout, ModelShape, TensorKind
 
@@ -30,7 +30,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 """Element types of a cache: torch's name and the bytes of an element."""
 
-_ITEM_BYTES = {"uint8": 1, **dict(DTYPES.values())}
+_ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, **dict(DTYPES.values())}
 _FIRST_ADDRESS = 1 << 40
 _ALIGNMENT = 512
 """As torch's allocator aligns what it gives out, in bytes."""
@@ -138,7 +138,8 @@ class Topology:
         Returns
         -------
         CacheLayout
-            With one layer group for each window of the shape, those that keep all tokens first.
+            With one layer group for each window of the shape, those that keep all tokens first and
+            states last.
 
         Raises
         ------
@@ -147,29 +148,21 @@ class Topology:
         LayoutError
             If the layout's dims strings do not fit the shape.
         """
-        groups = self._groups(side, rank)
-        pool_blocks = _POOL_REQUESTS * -(-self.tokens // side.block_tokens)
         address = _FIRST_ADDRESS
         tensors: list[CacheTensor] = []
-        for group, kinds in enumerate(groups.values()):
+        for group, kinds in enumerate(self._groups(side, rank)):
             for kind, layers in kinds:
-                dtype, dims = _element(kind, self.dtype), side.layout.latent_dims
-                heads = None
-                if kind.heads is not None:
-                    heads, dims = rank.heads(kind.heads), side.layout.dims
+                dims = side.layout.dims_of(kind)
+                heads = None if kind.heads is None else rank.heads(kind.heads)
                 axes = parse_dims(dims)
                 named = {axis for axes_ in axes for axis in axes_}
+                sizes = self._sizes(side, kind, heads)
                 for held in [layers] if "layer" in named else [[layer] for layer in layers]:
                     for names in [kind.names] if "kv" in named else [(n,) for n in kind.names]:
-                        sizes = {
-                            "layer": len(held),
-                            "kv": len(names),
-                            "block": pool_blocks,
-                            "token": side.block_tokens,
-                            "head": 1 if heads is None else heads.count,
-                            "dim": kind.row_elements,
-                        }
-                        memory, address = _memory(dims, axes, sizes, dtype, address)
+                        sizes |= {"layer": len(held), "kv": len(names)}
+                        memory, address = _memory(
+                            dims, axes, sizes, _element(kind, self.dtype), address
+                        )
                         tensors += declare(
                             memory,
                             dims,
@@ -177,7 +170,9 @@ class Topology:
                             names=names,
                             heads=heads,
                             group=group,
-                            block_tokens=side.block_tokens,
+                            block_tokens=None if kind.state else side.block_tokens,
+                            window=kind.window,
+                            optional=kind.only is not None,
                         )
         return CacheLayout(tensors, rank.positions(side.block_tokens))
 
@@ -202,45 +197,53 @@ class Topology:
         Returns
         -------
         list of ndarray of int32
-            One per layer group. Decode blocks before a window are ``NO_BLOCK``.
+            One per layer group; ``NO_BLOCK`` before a window.
         """
         lists = []
-        for group, window in enumerate(self._groups(side, rank)):
-            start, stop = touched_blocks(layout, group, self.first, self.tokens)
+        for number, kind in enumerate(layout.groups):
+            start, stop = touched_blocks(layout, number, self.first, self.tokens)
             blocks = np.arange(stop - start)
             if scattered:
-                salt = (self.seed, side is self.decode, group)
-                rng = np.random.default_rng([int(part) for part in salt])
-                blocks = rng.permutation(layout.groups[group].num_blocks)[: stop - start]
-            if window is not None and side is self.decode:
-                kept = layout.context.tokens_before(max(0, self.tokens - window))
+                rng = np.random.default_rng((self.seed, int(side is self.decode), number))
+                blocks = rng.permutation(kind.num_blocks)[: stop - start]
+            if kind.window is not None and not kind.state:
+                kept = layout.context.tokens_before(max(0, self.tokens - kind.window))
                 blocks[: max(0, kept // side.block_tokens - start)] = NO_BLOCK
             lists.append(blocks.astype(np.int32))
         return lists
 
-    def _groups(
-        self, side: Deployment, rank: Rank
-    ) -> dict[int | None, list[tuple[TensorKind, list[int]]]]:
-        """Kinds of tensor of a rank with the layers it holds of each, by their window."""
-        stage = rank.layers(self.shape.num_layers)
-        held = [(kind, [i for i in kind.layers if i in stage]) for kind in self.shape.kinds]
-        windows = sorted({kind.window or 0 for kind, layers in held if layers})
-        if not windows:
+    def _sizes(self, side: Deployment, kind: TensorKind, heads: Shard | None) -> dict[str, int]:
+        """Sizes of the axes of a kind's tensors, but for those of layers and names."""
+        sizes = {"head": 1 if heads is None else heads.count, "dim": kind.row_elements}
+        if kind.state:
+            return sizes | {"slot": _POOL_REQUESTS}
+        blocks = _POOL_REQUESTS * -(-self.tokens // side.block_tokens)
+        return sizes | {"block": blocks, "token": side.block_tokens}
+
+    def _groups(self, side: Deployment, rank: Rank) -> list[list[tuple[TensorKind, list[int]]]]:
+        """Kinds of tensor of a rank with the layers it holds, those of one block list together.
+
+        Layers past the model's own, a draft's, are on the last pipeline stage.
+        """
+        own = self.shape.num_layers
+        stage = rank.layers(own)
+        last = rank.pp == side.parallelism.pp - 1
+        groups: dict[tuple[bool, int], list[tuple[TensorKind, list[int]]]] = {}
+        for kind in self.shape.kinds:
+            layers = [i for i in kind.layers if i in stage or (last and i >= own)]
+            if layers and kind.only in (None, side.name):
+                groups.setdefault((kind.state, kind.window or 0), []).append((kind, layers))
+        if not groups:
             raise OptionsError(
                 f"{side.rank_name(rank)} holds layers {stage.start} to {stage.stop - 1}, none of "
                 "which caches anything; lower pp or give the stages other layers"
             )
-        return {
-            window or None: [
-                (kind, layers) for kind, layers in held if layers and (kind.window or 0) == window
-            ]
-            for window in windows
-        }
+        return [groups[key] for key in sorted(groups)]
 
 
 def _element(kind: TensorKind, dtype: str) -> str:
     """Name of the element type of a kind, in a cache of `dtype`."""
-    return DTYPES[dtype][0] if kind.dtype_bytes is None else "uint8"
+    return DTYPES[dtype][0] if kind.dtype_bytes is None else f"uint{8 * kind.dtype_bytes}"
 
 
 def _memory(

@@ -25,7 +25,7 @@ def docstring_example() -> str:
 
 
 def test_the_documented_file_means_what_it_says(tmp_path: Path) -> None:
-    named, _, declared = docstring_example().rpartition("[[shape]]")
+    named, declared = docstring_example().split("\n[[shape]]", 1)
     file = tmp_path / "topology.toml"
     file.write_text(named, encoding="utf-8")
     topology = load_topology(file)
@@ -41,9 +41,11 @@ def test_the_documented_file_means_what_it_says(tmp_path: Path) -> None:
     assert topology.prefill.block_tokens == topology.decode.block_tokens == 32
 
     file.write_text("[[shape]]" + declared, encoding="utf-8")
-    (kind,) = load_topology(file).shape.kinds
-    assert (kind.names, list(kind.layers), kind.heads) == (("k", "v"), list(range(24)), 8)
-    assert (kind.row_elements, kind.dtype_bytes, kind.window) == (128, None, 1024)
+    rows, state = load_topology(file).shape.kinds
+    assert (rows.names, list(rows.layers), rows.heads) == (("k", "v"), list(range(24)), 8)
+    assert (rows.row_elements, rows.dtype_bytes, rows.window) == (128, None, 1024)
+    assert (rows.only, rows.state) == ("decode", False)
+    assert (state.layers, state.row_bytes(2), state.state) == ((1, 3, 5), 65536, True)
 
 
 def test_opaque_rows_and_layer_ids_are_taken() -> None:
@@ -120,6 +122,9 @@ KIND = {"names": ["k", "v"], "layers": 4, "heads": 2, "dim": 64}
         ({"shape": [{**KIND, "bytes": 64}]}, "needs either dim (elements of a row) or bytes"),
         ({"shape": [{**KIND, "heads": 0}]}, "heads=0 must be at least 1"),
         ({"shape": [{**KIND, "window": -1}]}, "window=-1 must be at least 1"),
+        ({"shape": [{**KIND, "state": True, "window": 4}]}, "leave out window=4"),
+        ({"shape": [{**KIND, "only": "both"}]}, "Invalid enum value 'both' - at `$.only`"),
+        ({"shape": [{**KIND, "only": "decode"}]}, "[[shape]] has nothing on both sides"),
         ({"shape": []}, "[[shape]] declares nothing"),
     ],
 )

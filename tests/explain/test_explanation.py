@@ -88,11 +88,35 @@ def test_latent_rows_and_opaque_rows_of_64_token_blocks_are_as_published() -> No
         assert set(sender.traffic.sizes) == {(41_984, 7_808), (8_448, 7_808)}
 
 
-def test_windows_send_the_blocks_that_they_keep() -> None:
-    found = explained("gpt-oss-120b", prefill={"tp": 4}, decode={"tp": 4})
-    fragments = 18 * (8192 + 128) // 16
-    assert {s.traffic.fragments for s in found.senders} == {fragments}
+@pytest.mark.parametrize("tokens", [8192, 1001, 100])
+def test_windows_send_the_positions_that_they_keep(tokens: int) -> None:
+    found = explained("gpt-oss-120b", tokens=tokens, prefill={"tp": 4}, decode={"tp": 4})
     assert sum(s.traffic.nbytes for s in found.senders) == found.topology.request_bytes
+    for sender in found.senders:
+        assert sender.plan.nbytes(0, tokens) == sender.traffic.nbytes
+
+
+def test_hybrid_models_send_one_state_a_layer_beside_their_attention() -> None:
+    found = explained("qwen3-next", prefill={"tp": 2}, decode={"tp": 2})
+    assert [sender.traffic.nbytes * 2 for sender in found.senders] == [
+        found.topology.request_bytes
+    ] * 2
+    state_bytes, states = 16 * 128 * 128 * 4, 36
+    assert dict(found.senders[0].traffic.sizes)[state_bytes] == states
+    assert found.topology.request_bytes - 2 * states * state_bytes == (
+        12 * 2 * 2 * 256 * 2 * 8192 + 36 * (16 + 16 + 32) * 128 * 3 * 2
+    )
+
+
+def test_a_draft_on_one_side_alone_is_left_out() -> None:
+    draft = {"names": ["k", "v"], "layers": [2], "heads": 2, "dim": 64, "only": "decode"}
+    both = {"names": ["k", "v"], "layers": 2, "heads": 2, "dim": 64}
+    sides = {"prefill": {"pp": 2}, "decode": {"pp": 2}}
+    with_draft, without = explained([both, draft], **sides), explained([both], **sides)
+    assert [s.traffic for s in with_draft.senders] == [s.traffic for s in without.senders]
+    topology = with_draft.topology
+    last = topology.cache_layout(topology.decode, topology.decode.parallelism.rank(1))
+    assert {tensor.layer: tensor.optional for tensor in last.tensors} == {1: False, 2: True}
 
 
 def test_a_cached_prefix_is_not_sent() -> None:
@@ -146,11 +170,23 @@ def random_table(rng: random.Random) -> dict[str, Any]:
             side["layers"] = [4 - pp + 1, *[1] * (pp - 1)]
         return side
 
-    shape = [{"names": ["k", "v"], "layers": 4, "heads": rng.choice([1, 2, 4]), "dim": 4}]
-    if rng.random() < 0.5:
+    shape: list[dict[str, Any]] = [
+        {"names": ["k", "v"], "layers": 4, "heads": rng.choice([1, 2, 4]), "dim": 4}
+    ]
+    if rng.random() < 0.4:
         shape = [{"names": ["kv"], "layers": 4, "dim": 9}]
         if rng.random() < 0.5:
             shape.append({"names": ["index_k"], "layers": 4, "bytes": 12})
+    elif rng.random() < 0.5:
+        shape = [{**shape[0], "layers": [0, 2], "window": rng.randint(1, 80)}]
+        shape.append({**shape[0], "layers": [1, 3]})
+        if rng.random() < 0.5:
+            del shape[1]["window"]
+    if rng.random() < 0.3:
+        shape.append({"names": ["ssm"], "layers": 4, "heads": 3, "bytes": 24, "state": True})
+    if rng.random() < 0.3:
+        draft = {"names": ["k", "v"], "layers": [4], "heads": 2, "dim": 4}
+        shape.append({**draft, "only": rng.choice(["prefill", "decode"])})
     tokens = rng.randint(2, 70)
     return {
         "shape": shape,
@@ -173,7 +209,7 @@ def parties(topology: Topology, side: Deployment) -> dict[str, Party]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(120))
 def test_what_is_explained_is_what_is_proved(seed: int) -> None:
     topology = read_topology(random_table(random.Random(seed)))
     request = explain_topology(topology).one_request()
