@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+from kvpack import arguments
 from kvpack.blocks import Blocks, block_table
 from kvpack.copies import Ready
 from kvpack.errors import ClosedError, EndpointError
@@ -19,7 +20,6 @@ from kvpack.links import blocks_hold
 from kvpack.machinery import Capacity, Machinery
 from kvpack.options import Options
 from kvpack.protocol import Outcome
-from kvpack.protocol.messages import MAX_NAME_CHARS
 from kvpack.rendezvous import exchange
 from kvpack.staging import Staging
 from kvpack.timeline import Timeline
@@ -81,15 +81,10 @@ class Endpoint:
         staging: Staging | None = None,
         options: Options | None = None,
     ) -> None:
-        if not 1 <= len(name) <= MAX_NAME_CHARS:
-            raise EndpointError(
-                f"endpoint name {name[:32]!r} has {len(name)} characters; it needs 1 to "
-                f"{MAX_NAME_CHARS}"
-            )
-        self.name = name
+        self.name = arguments.name("endpoint name", name)
         self.layout = layout
         self.options = Options.from_environment() if options is None else options
-        self._machinery = Machinery(name, layout, staging, self.options)
+        self._machinery = Machinery(self.name, layout, staging, self.options)
         self._pid = os.getpid()
         self._ids = itertools.count(1)
         self._closed = threading.Event()
@@ -239,7 +234,7 @@ class Endpoint:
             If the block list does not fit the range or the cache, or the range overlaps a send of
             the same request that is in flight.
         EndpointError
-            If ``to`` is a single name.
+            If an argument is not of the kind that it has to be, or ``to`` is a single name.
         UnknownPeerError
             If ``to`` names an endpoint that is not connected.
         ProtocolError
@@ -247,12 +242,17 @@ class Endpoint:
         """
         started_s = time.perf_counter()
         self._check_open()
+        request_id = arguments.name("request_id", request_id)
+        first, last = arguments.position("first", first), arguments.position("last", last)
+        receivers = None if to is None else arguments.names("to", to)
+        ready, aux = arguments.event("ready", ready), arguments.payload("aux", aux)
+        timeout_s = self._timeout(timeout_s)
         table = block_table(self.layout, blocks, first, last, "source")
-        for name in _names("to", to or ()):
+        for name in receivers or ():
             self._machinery.link(name)
         send_id, driver = next(self._ids), self._machinery.driver
         handle = SendHandle(request_id, lambda: self._cancel_send(send_id), driver)
-        deadline = time.monotonic() + self._timeout(timeout_s)
+        deadline = time.monotonic() + timeout_s
         progress = self._machinery.progress
         with progress.lock:  # so that nothing is done for the send before it is known
             self._check_open()
@@ -262,7 +262,7 @@ class Endpoint:
                     request_id,
                     first,
                     last,
-                    to=None if to is None else tuple(to),
+                    to=receivers,
                     final=final,
                     aux=aux,
                     deadline=deadline,
@@ -322,7 +322,8 @@ class Endpoint:
         CoverageError
             If none of the senders has some wanted layer, head or position.
         EndpointError
-            If a receive of the same request is in flight, or ``from_`` is a single name.
+            If a receive of the same request is in flight, or an argument is not of the kind that it
+            has to be, as a single name for ``from_``.
         StagingError
             If the pools are too small for one token.
         UnknownPeerError
@@ -330,8 +331,12 @@ class Endpoint:
         """
         started_s = time.perf_counter()
         self._check_open()
+        request_id = arguments.name("request_id", request_id)
+        first, last = arguments.position("first", first), arguments.position("last", last)
+        from_ = arguments.names("from_", from_)
+        receivers = arguments.names("receivers", receivers)
+        ready, timeout_s = arguments.event("ready", ready), self._timeout(timeout_s)
         table = block_table(self.layout, blocks, first, last, "destination")
-        from_, receivers = _names("from_", from_), _names("receivers", receivers)
         sources = self._machinery.sources(request_id, from_, stream_layers, first, last)
         receive_id, driver = next(self._ids), self._machinery.driver
         handle = ReceiveHandle(request_id, lambda: self._cancel_receive(receive_id), driver)
@@ -346,7 +351,7 @@ class Endpoint:
                     last,
                     sources,
                     receivers=tuple(dict.fromkeys((*receivers, self.name))),
-                    timeout_s=self._timeout(timeout_s),
+                    timeout_s=timeout_s,
                     now=time.monotonic(),
                     stream_layers=stream_layers,
                 )
@@ -410,7 +415,7 @@ class Endpoint:
             If one is not connected.
         """
         self._check_open()
-        links = [self._machinery.link(name) for name in _names("peers", peers)]
+        links = [self._machinery.link(name) for name in arguments.names("peers", peers)]
         self._machinery.progress.copier.warmup()
         sides: tuple[Side, Side] = ("source", "destination")
         for link in links:
@@ -461,10 +466,9 @@ class Endpoint:
     # -- checks -----------------------------------------------------------------------------------
 
     def _timeout(self, timeout_s: float | None) -> float:
-        timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
-        if not 0 < timeout_s < float("inf"):
-            raise EndpointError(f"timeout_s={timeout_s} must be positive and finite")
-        return timeout_s
+        if timeout_s is None:
+            return self.options.timeout_s
+        return arguments.seconds("timeout_s", timeout_s)
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
@@ -474,10 +478,3 @@ class Endpoint:
             )
         if self._closed.is_set():
             raise ClosedError(f"endpoint {self.name!r} is closed")
-
-
-def _names(argument: str, names: Sequence[str]) -> Sequence[str]:
-    """Refuse a single name where several are due: it is a sequence of one-letter names too."""
-    if isinstance(names, str):
-        raise EndpointError(f"{argument}={names!r} is one name; pass a list of them")
-    return names

@@ -220,7 +220,7 @@ class TransferHandle(Generic[ResultT]):
     def _call(self, callback: Callable[[TransferHandle[ResultT]], object]) -> None:
         try:
             callback(self)
-        except Exception:
+        except BaseException:  # SystemExit too: it must not end the thread that drives everybody
             _logger.exception("a callback of request %r failed", self.request_id)
 
 

@@ -14,7 +14,7 @@ from kvpack.election import Election
 from kvpack.errors import LayoutError, StagingError, UnknownPeerError
 from kvpack.lanes import Side
 from kvpack.layout import CacheLayout
-from kvpack.links import Link, PartWire, to_rows
+from kvpack.links import MAX_PLANS, Link, PartWire, to_rows
 from kvpack.options import Options
 from kvpack.progress import Progress
 from kvpack.protocol import (
@@ -190,8 +190,8 @@ class Machinery:
         if election is None:
             election = Election({name: link.layout for name, link in links.items()}, self.layout)
             live = set(self.progress.links)
-            kept = {k: e for k, e in self._elections.items() if live.issuperset(k)}
-            self._elections = {**kept, keys: election}
+            kept = [(k, e) for k, e in self._elections.items() if live.issuperset(k)]
+            self._elections = {**dict(kept[-MAX_PLANS:]), keys: election}
         return election
 
     def capacity(self) -> Capacity:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from kvpack.errors import OptionsError
@@ -62,13 +64,16 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in (("staging_bytes", 512), ("chunk_bytes", 256), ("max_ctas", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise OptionsError(f"{name}={value} must be a whole number of at least {least}")
+            if name == "max_ctas" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise OptionsError(f"{name}={value!r} must be a whole number of at least {least}")
         for name in ("timeout_s", "connect_timeout_s", "waiting_poll_s", "idle_poll_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise OptionsError(f"{name}={getattr(self, name)} must be positive and finite")
-        if not 0 <= self.busy_poll_s < float("inf"):
-            raise OptionsError(f"busy_poll_s={self.busy_poll_s} must not be negative")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < value < math.inf:
+                raise OptionsError(f"{name}={value!r} must be a positive and finite number")
+        if not isinstance(self.busy_poll_s, Real) or not 0 <= self.busy_poll_s < math.inf:
+            raise OptionsError(f"busy_poll_s={self.busy_poll_s!r} must be a number of at least 0")
         for name, allowed in (
             ("backend", (None, *get_args(Backend))),
             ("transport", get_args(TransportKind)),
@@ -101,8 +106,8 @@ class Options:
                 found[option.name] = _read(str(option.type), text)
             except ValueError as error:
                 raise OptionsError(
-                    f"environment variable KVPACK_{option.name.upper()}={text!r} is not a "
-                    f"{option.type}"
+                    f"environment variable KVPACK_{option.name.upper()}={text!r} cannot be read as "
+                    f"{option.type}; mend it or unset it"
                 ) from error
         return Options(**found)  # type: ignore[arg-type]
 

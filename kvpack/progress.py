@@ -122,7 +122,10 @@ class Progress:
 
     def turn(self) -> bool:
         """Take and do what there is; tells whether there was anything."""
-        moved = self._run_calls()
+        now = time.monotonic()
+        if now >= self.exchange.next_deadline:  # first, so that nothing that fails delays it
+            self.tell(lambda: self.exchange.tick(now))
+        moved = self._do_actions() | self._run_calls()
         for poll in self.pollers:
             moved |= bool(poll())
         for peer, payload in self.transport.notifications():
@@ -132,17 +135,16 @@ class Progress:
         moved |= self._do_actions()
         if self._chunks.is_busy:
             moved |= self._chunks.poll()
-        now = time.monotonic()
         if now >= self._next_knock:
             self._next_knock = now + KNOCK_S
             self._knock()
-        if now >= self.exchange.next_deadline:
-            self.tell(lambda: self.exchange.tick(now))
         return self._do_actions() or moved
 
     def _knock(self) -> None:
-        """Find out whether the senders of open receives are still there."""
-        awaited = {
+        """Find out whether those that open transfers wait for are still there."""
+        with self.lock:
+            awaited = self.exchange.sender.receivers_at_work()
+        awaited |= {
             key for received in list(self.transfers.incoming.values()) for key in received.peers
         }
         for key in awaited & self.links.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,8 +138,10 @@ class DemoConfig:
                 raise OptionsError(
                     f"{what}={getattr(self, what)!r} is not one of {', '.join(allowed)}"
                 )
-        if self.timeout_s <= 0:
-            raise OptionsError(f"timeout_s={self.timeout_s} must be positive")
+        if not 0 < self.timeout_s < math.inf:
+            raise OptionsError(f"timeout_s={self.timeout_s} must be positive and finite")
+        if self.seed < 0:
+            raise OptionsError(f"seed={self.seed} must be at least 0")
         for side in (self.prefill, self.decode):
             self._check_side(side)
         if self.corrupt != "none" and self.tokens < 2 * self.decode.block_tokens:

@@ -119,6 +119,11 @@ class Session:
         """Tell whether all of its part of a send has been cut into chunks."""
         return all(not part.uncut_bytes for part in self.parts if part.send is send)
 
+    def waited_for(self) -> str:
+        """Say what a session that timed out had waited for."""
+        nothing = "" if self.parts else ": nothing was sent under that request id"
+        return f"after {self.request.timeout_s} s{nothing}"
+
     def uncovered(self) -> str:
         """Say what of the request the sends so far leave out; empty if nothing."""
         gaps, end = [], self.request.first

@@ -181,11 +181,14 @@ class Sender(Machine):
         self._release(flight.send)
         return self._settle()
 
+    def receivers_at_work(self) -> set[str]:
+        """Keys of the peers whose requests are open here."""
+        return {key[0] for key, session in self._sessions.items() if session.outcome is None}
+
     def peer_lost(self, peer: str, reason: str) -> list[Action]:
         """End a peer's sessions; its writes in flight must still be reported."""
-        for session in list(self._sessions.values()):
-            if session.key[0] == peer and session.outcome is None:
-                self._end_session(session, Outcome.FAILED, reason)
+        for session in [s for s in self._sessions.values() if s.key[0] == peer]:
+            self._end_session(session, Outcome.FAILED, reason)
         return self._settle()
 
     def peer_exited(self, peer: str, reason: str = "its process exited") -> list[Action]:
@@ -205,10 +208,7 @@ class Sender(Machine):
             self._end_send(send, Outcome.TIMED_OUT, waited)
         for session in list(self._sessions.values()):
             if session.outcome is None and session.deadline <= now:
-                waited = f"after {session.request.timeout_s} s" + (
-                    "" if session.parts else ": nothing was sent under that request id"
-                )
-                self._end_session(session, Outcome.TIMED_OUT, waited)
+                self._end_session(session, Outcome.TIMED_OUT, session.waited_for())
         for offer in list(self._offers.values()):
             self._changed[offer.request_id] = offer
         self._ended.expire(now)

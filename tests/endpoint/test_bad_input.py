@@ -141,15 +141,54 @@ def test_nobody_named_and_aux_too_long_are_refused(ends) -> None:
     with pytest.raises(ProtocolError, match=r"aux takes 65537 bytes, 65536 are allowed"):
         prefill.send("r", [1], 0, 4, aux=bytes(65537))
     for request in ("", "x" * 257):
-        with pytest.raises(ProtocolError):
+        with pytest.raises(EndpointError, match=r"request_id .* it needs 1 to 256"):
             prefill.send(request, [1], 0, 4)
-        with pytest.raises(ProtocolError):
+        with pytest.raises(EndpointError, match=r"request_id .* it needs 1 to 256"):
             decode.receive(request, [1], 0, 4, from_=["prefill"])
     for timeout_s in (0, -1, float("inf"), float("nan")):
-        with pytest.raises(EndpointError, match=r"must be positive and finite"):
+        with pytest.raises(EndpointError, match=r"seconds, positive and finite"):
             prefill.send("r", [1], 0, 4, timeout_s=timeout_s)
-        with pytest.raises(EndpointError, match=r"must be positive and finite"):
+        with pytest.raises(EndpointError, match=r"seconds, positive and finite"):
             decode.receive("r", [1], 0, 4, from_=["prefill"], timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"request_id": 7}, r"request_id=7 must be a string"),
+        ({"request_id": "\ud800"}, r"a character that UTF-8 cannot carry"),
+        ({"timeout_s": "3"}, r"timeout_s='3' must be a number of seconds"),
+        ({"timeout_s": True}, r"timeout_s=True must be a number of seconds"),
+        ({"ready": True}, r"ready=True has no query\(\)"),
+        ({"first": 0.0}, r"first=0.0 must be a whole number"),
+        ({"last": "4"}, r"last='4' must be a whole number"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(ends, arguments, message) -> None:
+    prefill, decode = ends
+    given = {"request_id": "r", "blocks": [1], "first": 0, "last": 4, **arguments}
+    with pytest.raises((EndpointError, BlockListError), match=message):
+        prefill.send(**given)
+    with pytest.raises((EndpointError, BlockListError), match=message):
+        decode.receive(**given, from_=["prefill"])
+
+
+@pytest.mark.parametrize("aux", ["hello", None, 7])
+def test_an_aux_that_is_not_bytes_is_refused(ends, aux) -> None:
+    with pytest.raises(EndpointError, match=r"aux is .* not bytes; encode it first"):
+        ends[0].send("r", [1], 0, 4, aux=aux)
+
+
+def test_numbers_of_numpy_and_names_from_a_generator_are_welcome(ends) -> None:
+    prefill, decode = ends
+    aux = bytearray(b"first")
+    sent = prefill.send("r", [1], np.int64(0), np.uint8(4), to=(n for n in ["decode"]), aux=aux)
+    aux[:] = b"later"
+    received = decode.receive(
+        "r", [2], np.int32(0), np.int64(4), from_=("prefill",), timeout_s=np.float32(20)
+    )
+    assert received.result(20).aux == {"prefill": b"first"}
+    assert sent.result(20).record.outcome == "done"
 
 
 def test_a_range_that_overlaps_one_in_flight_is_refused(ends) -> None:
