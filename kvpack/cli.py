@@ -198,16 +198,17 @@ def explain(
 ) -> None:
     """Say who sends what to whom for one request, before anything runs.
 
-    Needs no GPU, no model and no cache: what each rank holds follows from the model's shape and
-    from the parallelism and the cache layout of each side. A parallelism is any of tp, pp, cp, dp,
-    dcp, attention_dp, layers (of each pipeline stage, 50+44), interleave and numbering (trtllm,
-    vllm or sglang), joined by commas. What a file holds stands in kvpack.declaration.
+    Needs no GPU, no model and no cache: what each rank holds follows from
+    the model's shape and from the parallelism and the cache layout of each
+    side. A parallelism is any of tp, pp, cp, dp, dcp, attention_dp, layers
+    (of each pipeline stage, 50+44), interleave and numbering (trtllm, vllm
+    or sglang), joined by commas. kvpack.declaration says what a file holds.
 
-    [b]kvpack explain --shape qwen3-235b --prefill tp=4 --decode tp=16,attention_dp --dtype fp8
-    --block 32[/]
+    [b]kvpack explain --shape qwen3-235b --prefill tp=4
+    --decode tp=16,attention_dp --dtype fp8 --block 32[/]
 
-    Exits with 0, with 1 if the decode side wants what the prefill side does not have, with 2 if a
-    declaration is wrong.
+    Exits with 0, with 1 if the decode side wants what the prefill side does
+    not have, with 2 if a declaration is wrong.
     """
     from kvpack.declaration import load_topology, read_parallelism, read_topology
     from kvpack.explanation import explain_topology
