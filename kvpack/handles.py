@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from kvpack.errors import EndpointError, TransferError
+from kvpack.errors import ClosedError, EndpointError, TransferError
 from kvpack.profiling.records import TransferRecord
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class TransferHandle(Generic[ResultT]):
         self.request_id = request_id
         self._cancel = cancel
         self._driver = driver
+        self._pid = os.getpid()
         self._condition = threading.Condition()
         self._record: TransferRecord | None = None
         self._result: ResultT | None = None
@@ -149,7 +151,14 @@ class TransferHandle(Generic[ResultT]):
         return self._result
 
     def cancel(self) -> None:
-        """Ask for the end. The handle ends cancelled, unless it ends otherwise first."""
+        """Ask for the end. The handle ends cancelled, unless it ends otherwise first.
+
+        Raises
+        ------
+        ClosedError
+            In a forked child, where nothing drives the transfer.
+        """
+        self._check_process()
         self._cancel()
 
     def add_done_callback(self, callback: Callable[[TransferHandle[ResultT]], object]) -> None:
@@ -177,9 +186,17 @@ class TransferHandle(Generic[ResultT]):
             raise TransferError(f"request {self.request_id!r} is under way; its record comes last")
         return self._record
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"request {self.request_id!r} belongs to process {self._pid}: its forked child "
+                f"{os.getpid()} can neither wait for it nor cancel it"
+            )
+
     def _wait_for(self, reached: Callable[[], bool], timeout_s: float | None) -> bool:
         if reached():
             return True
+        self._check_process()
         if self._driver.is_turning_here:
             raise EndpointError(
                 f"request {self.request_id!r} cannot be waited for in a callback, which runs on "

@@ -449,10 +449,18 @@ group = Group(sys.argv[1])
 here, there = Cache.of().fill(1), Cache.of()
 prefill, decode = group.pair(here, there)
 ship_once(prefill, decode, here, there, request="before")
+open_ = decode.receive("open", [9], 0, 4, from_=["prefill"])
 child = os.fork()
 if not child:
     status = 1
     try:
+        for call in (open_.wait, open_.result, open_.cancel, open_.wait_blocks_released):
+            try:
+                call()
+            except ClosedError as error:
+                assert "its forked child" in str(error)
+            else:
+                raise AssertionError("a forked child used its parent's handle")
         for call in (
             lambda: prefill.send("r", [1], 0, 4),
             lambda: decode.receive("r", [1], 0, 4, from_=["prefill"]),
@@ -472,6 +480,7 @@ if not child:
     finally:
         os._exit(status)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+open_.cancel()
 ship_once(prefill, decode, here, there, request="after")
 group.close()
 """
