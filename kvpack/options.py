@@ -70,7 +70,7 @@ class Options:
                 raise OptionsError(f"{name}={value!r} must be a whole number of at least {least}")
         for name in ("timeout_s", "connect_timeout_s", "waiting_poll_s", "idle_poll_s"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < value < math.inf:
+            if not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise OptionsError(f"{name}={value!r} must be a positive and finite number")
         if not isinstance(self.busy_poll_s, Real) or not 0 <= self.busy_poll_s < math.inf:
             raise OptionsError(f"busy_poll_s={self.busy_poll_s!r} must be a number of at least 0")
