@@ -1,4 +1,4 @@
-"""Options: defaults stand, every bound is named, and the environment says the same as the fields."""
+"""Options: every bound is named, and the environment says the same as the fields."""
 
 from __future__ import annotations
 
