@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from kvpack.errors import BlockListError, EndpointError
+from kvpack.protocol.messages import MAX_NAME_CHARS
 
-MAX_NAME_CHARS = 256
 _SHOWN_CHARS = 32
 
 

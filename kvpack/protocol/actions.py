@@ -8,9 +8,7 @@ from typing import Protocol, TypeAlias
 
 from kvpack.protocol.messages import Data, Message, Outcome, Request
 from kvpack.protocol.pool import SlotRun
-
-WIRE_ALIGNMENT = 16
-"""A chunk lies in its slots as if they began at a multiple of this many bytes of the wire order."""
+from kvpack.wire import WIRE_ALIGNMENT as WIRE_ALIGNMENT
 
 
 class Wire(Protocol):
